@@ -1,0 +1,99 @@
+"""The layer as one function."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from compile_moe.activations import ActivationLike, resolve_activation
+from compile_moe.experts import TritonExperts
+from compile_moe.modular_kernel import FusedMoEModularKernel
+from compile_moe.ops.fused_moe import fused_moe, fused_moe_
+from compile_moe.ops.problem_size import require, shape
+from compile_moe.prepare_finalize import MoEPrepareAndFinalizeNoEP
+from compile_moe.unsupported import refuse_quant_config
+
+
+def fused_experts(
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    activation: ActivationLike = "silu",
+    inplace: bool = False,
+    global_num_experts: int = -1,
+    expert_map: Tensor | None = None,
+    apply_router_weight_on_input: bool = False,
+    quant_config: None = None,
+    w1_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
+) -> Tensor:
+    """Mixture-of-experts layer: route tokens to experts, run both GEMMs, weight and sum.
+
+    Args:
+        hidden_states: (M, K), bf16, fp16 or fp32 (on CPU also float64).
+        w1: (E, N, K), N = 2I where the activation is gated, else I; gate rows first, then up rows, unless the
+            activation says interleaved. w2: (E, K, I). Any strides: transposed storage goes in as a view.
+        topk_weights: (M, topk), floating point, applied in float32.
+        topk_ids: (M, topk), int32 or int64. Negative ids, ids that expert_map sends to -1, and the id that equals
+            the number of experts skip their slot.
+        activation: a name ("silu", "gelu", "gelu_tanh", "relu2", "swigluoai", or an ungated "..._no_mul"), a
+            :class:`compile_moe.Activation`, or a callable gate_up (..., N) -> (..., I) in PyTorch.
+        inplace: write the result into hidden_states and return it.
+        global_num_experts: size of the id space; -1 for E, or for the length of expert_map.
+        expert_map: (global_num_experts,) int32 or int64, global to local ids, -1 where not local.
+        apply_router_weight_on_input: weight the input instead of the outputs; topk must be 1.
+        quant_config: None; quantized layers are not supported by this version.
+        w1_bias: (E, N), w2_bias: (E, K), or None.
+
+    Returns:
+        (M, K) in hidden_states' dtype (under autocast in the autocast dtype, as torch's GEMMs).
+
+    Raises:
+        ValueError, TypeError: arguments that don't fit together; the message says what is accepted.
+        NotImplementedError: backward through the layer (this version runs the forward only).
+
+    Example:
+        >>> import compile_moe, torch
+        >>> M, E, topk, K, I = 5, 4, 2, 16, 32
+        >>> x, w1, w2 = torch.randn(M, K), torch.randn(E, 2 * I, K), torch.randn(E, K, I)
+        >>> topk_weights, topk_ids = torch.randn(M, E).softmax(-1).topk(topk)
+        >>> compile_moe.fused_experts(x, w1, w2, topk_weights, topk_ids).shape
+        torch.Size([5, 16])
+    """
+    refuse_quant_config(quant_config)
+    require(w1.dim() == 3, lambda: f"w1 must be (E, N, K), got {shape(w1)}")
+    resolved = resolve_activation(activation, int(w1.size(1)))
+    if resolved.function is not None:
+        kernel = FusedMoEModularKernel(MoEPrepareAndFinalizeNoEP(), TritonExperts(w1_bias, w2_bias))
+        return kernel(
+            hidden_states,
+            w1,
+            w2,
+            topk_weights,
+            topk_ids,
+            inplace=inplace,
+            activation=activation,
+            global_num_experts=global_num_experts,
+            expert_map=expert_map,
+            apply_router_weight_on_input=apply_router_weight_on_input,
+        )
+    arguments = (
+        hidden_states,
+        w1,
+        w2,
+        topk_weights,
+        topk_ids,
+        resolved.epilogue,
+        global_num_experts,
+        expert_map,
+        apply_router_weight_on_input,
+        w1_bias,
+        w2_bias,
+    )
+    if inplace:
+        fused_moe_(*arguments)
+        return hidden_states
+    result: Tensor = fused_moe(*arguments)
+    return result

@@ -1,0 +1,223 @@
+"""GEMM 1: rows gathered through sorted slots, one or two accumulators, activation in the epilogue."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compile_moe.ops.kernels.epilogue import epilogue, with_epilogue
+from compile_moe.ops.kernels.launch import Launch, launch_all, pointer_key
+from compile_moe.ops.kernels.precision import input_precision
+from compile_moe.ops.kernels.tiles import (
+    Tile,
+    choose_tile,
+    device_limits,
+    grouped_order,
+    locate_tile,
+    max_row_tiles,
+    tile_candidates,
+)
+
+DO_NOT_SPECIALIZE = ("num_slots", "num_row_tiles")
+
+
+def gather_gemm_kernel(
+    out_ptr,  # (S, num_columns), contiguous
+    x_ptr,  # (M, K)
+    w_ptr,  # (E, N, K)
+    bias_ptr,  # (E, N)
+    sorted_slots_ptr,  # (S,)
+    expert_offsets_ptr,  # (E + 1,)
+    num_slots,
+    num_row_tiles,
+    topk,
+    num_experts,
+    num_columns,  # I, or N without a gate
+    depth,  # K
+    stride_xm,
+    stride_xk,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    stride_be,
+    stride_bn,
+    LAYOUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ZERO_SKIPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    E_POW2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    GATED: tl.constexpr = LAYOUT != "ungated"
+    tile_m, tile_n = grouped_order(tl.program_id(0), num_row_tiles, tl.cdiv(num_columns, BLOCK_N), GROUP_M)
+    expert, first_row, end_row = locate_tile(
+        expert_offsets_ptr, tile_m, num_slots, num_experts, E_POW2, BLOCK_M, ZERO_SKIPPED
+    )
+    if expert > num_experts:
+        return
+    row = first_row + tl.arange(0, BLOCK_M)
+    row_mask = row < end_row
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = column < num_columns
+    out_ptrs = out_ptr + row.to(tl.int64)[:, None] * num_columns + column[None, :]
+    out_mask = row_mask[:, None] & column_mask[None, :]
+    if ZERO_SKIPPED:
+        if expert == num_experts:
+            tl.store(out_ptrs, tl.zeros((BLOCK_M, BLOCK_N), dtype=out_ptr.dtype.element_ty), mask=out_mask)
+            return
+
+    slot = tl.load(sorted_slots_ptr + row, mask=row_mask, other=0)
+    row_mask = row_mask & (slot >= 0) & (slot < num_slots)
+    token = tl.where(row_mask, slot, 0) // topk
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + token.to(tl.int64)[:, None] * stride_xm + k[None, :] * stride_xk
+    if LAYOUT == "interleaved":
+        gate_column = column * 2
+        up_column = column * 2 + 1
+    else:
+        gate_column = column
+        up_column = column + num_columns
+    w_ptr += expert.to(tl.int64) * stride_we
+    gate_ptrs = w_ptr + gate_column[None, :] * stride_wn + k[:, None] * stride_wk
+    up_ptrs = w_ptr + up_column[None, :] * stride_wn + k[:, None] * stride_wk
+    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first_k in range(0, depth, BLOCK_K):
+        x_mask = row_mask[:, None]
+        if EVEN_K:
+            w_mask = column_mask[None, :]
+        else:
+            k_mask = first_k + k < depth
+            x_mask = x_mask & k_mask[None, :]
+            w_mask = column_mask[None, :] & k_mask[:, None]
+        x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+        if EVEN_N and EVEN_K:
+            w_gate = tl.load(gate_ptrs)
+        else:
+            w_gate = tl.load(gate_ptrs, mask=w_mask, other=0.0)
+        gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
+        if GATED:
+            if EVEN_N and EVEN_K:
+                w_up = tl.load(up_ptrs)
+            else:
+                w_up = tl.load(up_ptrs, mask=w_mask, other=0.0)
+            up = tl.dot(x, w_up, up, input_precision=PRECISION)
+        x_ptrs += BLOCK_K * stride_xk
+        gate_ptrs += BLOCK_K * stride_wk
+        up_ptrs += BLOCK_K * stride_wk
+
+    if HAS_BIAS:
+        bias_ptr += expert.to(tl.int64) * stride_be
+        gate += tl.load(bias_ptr + gate_column * stride_bn, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            up += tl.load(bias_ptr + up_column * stride_bn, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        y = epilogue(gate, up)
+    else:
+        y = epilogue(gate, gate)
+    tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
+def launch_for(
+    tile: Tile,
+    out: Tensor,
+    hidden_states: Tensor,
+    w1: Tensor,
+    sorted_slots: Tensor,
+    expert_offsets: Tensor,
+    topk: int,
+    bias: Tensor | None,
+    epilogue_body: str,
+    layout: str,
+    zero_skipped: bool,
+) -> Launch:
+    """The launch of the kernel with one tile."""
+    num_slots, num_columns = out.shape
+    num_experts, _, depth = w1.shape
+    num_row_tiles = max_row_tiles(num_slots, num_experts + zero_skipped, tile.block_m)
+    # The stride of a dimension of size 1 means nothing, but would select another specialization.
+    stride_xm = hidden_states.stride(0) if hidden_states.size(0) > 1 else depth
+    args = (
+        out,
+        hidden_states,
+        w1,
+        w1 if bias is None else bias,
+        sorted_slots,
+        expert_offsets,
+        num_slots,
+        num_row_tiles,
+        topk,
+        num_experts,
+        num_columns,
+        depth,
+        stride_xm,
+        hidden_states.stride(1),
+        *w1.stride(),
+        *((0, 0) if bias is None else bias.stride()),
+    )
+    options = {
+        "LAYOUT": layout,
+        "HAS_BIAS": bias is not None,
+        "ZERO_SKIPPED": zero_skipped,
+        "PRECISION": input_precision(out.dtype),
+        "E_POW2": triton.next_power_of_2(num_experts + 1),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "EVEN_N": num_columns % tile.block_n == 0,
+        "EVEN_K": depth % tile.block_k == 0,
+        "GROUP_M": 8,
+        "num_stages": tile.num_stages,
+        "num_warps": tile.num_warps,
+    }
+    kernel = with_epilogue(gather_gemm_kernel, epilogue_body, DO_NOT_SPECIALIZE)
+    return Launch(kernel, (num_row_tiles * triton.cdiv(num_columns, tile.block_n),), args, options)
+
+
+def gather_gemm(
+    out: Tensor,
+    hidden_states: Tensor,
+    w1: Tensor,
+    sorted_slots: Tensor,
+    expert_offsets: Tensor,
+    topk: int,
+    bias: Tensor | None,
+    epilogue_body: str,
+    layout: str,
+    zero_skipped: bool,
+) -> None:
+    """Launch into out (S, I), or (S, N) for layout "ungated"; ``epilogue_body`` as ``with_epilogue`` takes it."""
+    arguments = (
+        out,
+        hidden_states,
+        w1,
+        sorted_slots,
+        expert_offsets,
+        topk,
+        bias,
+        epilogue_body,
+        layout,
+        zero_skipped,
+    )
+    limits = device_limits(out.device.index)
+    candidates = tile_candidates(out.element_size(), out.size(1), 1 if layout == "ungated" else 2, limits)
+    chosen = launch_for(choose_tile(candidates, out.size(0), w1.size(0)), *arguments)
+    key = (
+        "gather_gemm",
+        epilogue_body,
+        layout,
+        zero_skipped,
+        chosen.options["PRECISION"],
+        topk,
+        tuple(w1.shape),
+        chosen.args[12:],
+        *map(pointer_key, chosen.args[:6]),
+    )
+    launch_all(key, (chosen,), lambda: [launch_for(tile, *arguments) for tile in candidates], out.device)

@@ -1,0 +1,251 @@
+"""Stable counting sort of slots by local expert, without atomics: equal inputs give equal bits.
+
+Few slots: one launch, in which every slot counts the slots that come before it. Many slots: histograms of blocks,
+a scan over the blocks of each expert, and a scatter that ranks the slots of a block among themselves.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compile_moe.ops.kernels.launch import Launch, launch_all, pointer_key
+
+SMALL_MAX_SLOTS = 4096
+SMALL_BLOCK = 64
+BLOCK = 256
+CHUNK = 256
+
+
+@triton.jit
+def _local_expert(
+    topk_ids_ptr, expert_map_ptr, slot, mask, topk, stride_im, stride_ij, num_global, num_experts, HAS_MAP: tl.constexpr
+):
+    """Local expert of each slot (int32); num_experts where it is skipped or masked off."""
+    token = slot // topk
+    ids = tl.load(
+        topk_ids_ptr + token.to(tl.int64) * stride_im + (slot - token * topk) * stride_ij, mask=mask, other=-1
+    )
+    known = (ids >= 0) & (ids < num_global)
+    ids = tl.where(known, ids, 0).to(tl.int32)
+    if HAS_MAP:
+        local = tl.load(expert_map_ptr + ids, mask=mask & known, other=-1)
+        known = known & (local >= 0) & (local < num_experts)
+        ids = tl.where(known, local, 0).to(tl.int32)
+    return tl.where(known, ids, num_experts)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def _sort_small(
+    sorted_slots_ptr,  # (S,)
+    expert_offsets_ptr,  # (E + 1,)
+    topk_ids_ptr,  # (M, topk)
+    expert_map_ptr,  # (num_global,)
+    num_slots,
+    topk,
+    stride_im,
+    stride_ij,
+    num_global,
+    num_experts,
+    HAS_MAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    slot_programs = tl.cdiv(num_slots, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    if pid < slot_programs:
+        slot = pid * BLOCK + lane
+        expert = _local_expert(
+            topk_ids_ptr, expert_map_ptr, slot, slot < num_slots, topk, stride_im, stride_ij, num_global, num_experts, HAS_MAP
+        )
+        rank = tl.zeros((BLOCK,), dtype=tl.int32)
+        for first in range(0, num_slots, CHUNK):
+            other_slot = first + tl.arange(0, CHUNK)
+            other = _local_expert(
+                topk_ids_ptr,
+                expert_map_ptr,
+                other_slot,
+                other_slot < num_slots,
+                topk,
+                stride_im,
+                stride_ij,
+                num_global,
+                num_experts,
+                HAS_MAP,
+            )
+            before = (other[None, :] < expert[:, None]) | (
+                (other[None, :] == expert[:, None]) & (other_slot[None, :] < slot[:, None])
+            )
+            rank += tl.sum((before & (other_slot < num_slots)[None, :]).to(tl.int32), 1)
+        tl.store(sorted_slots_ptr + rank, slot, mask=slot < num_slots)
+    else:
+        boundary = (pid - slot_programs) * BLOCK + lane
+        count = tl.zeros((BLOCK,), dtype=tl.int32)
+        for first in range(0, num_slots, CHUNK):
+            other_slot = first + tl.arange(0, CHUNK)
+            other = _local_expert(
+                topk_ids_ptr,
+                expert_map_ptr,
+                other_slot,
+                other_slot < num_slots,
+                topk,
+                stride_im,
+                stride_ij,
+                num_global,
+                num_experts,
+                HAS_MAP,
+            )
+            before = (other[None, :] < boundary[:, None]) & (other_slot < num_slots)[None, :]
+            count += tl.sum(before.to(tl.int32), 1)
+        tl.store(expert_offsets_ptr + boundary, count, mask=boundary <= num_experts)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_blocks"])
+def _block_histograms(
+    counts_ptr,  # (E + 1, num_blocks)
+    topk_ids_ptr,
+    expert_map_ptr,
+    num_slots,
+    num_blocks,
+    topk,
+    stride_im,
+    stride_ij,
+    num_global,
+    num_experts,
+    HAS_MAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Slots of each block that go to each expert, by comparison."""
+    block = tl.program_id(0)
+    slot = block * BLOCK + tl.arange(0, BLOCK)
+    expert = _local_expert(
+        topk_ids_ptr, expert_map_ptr, slot, slot < num_slots, topk, stride_im, stride_ij, num_global, num_experts, HAS_MAP
+    )
+    for first in range(0, num_experts + 1, CHUNK):
+        bucket = first + tl.arange(0, CHUNK)
+        hit = (bucket[:, None] == expert[None, :]) & (slot < num_slots)[None, :]
+        tl.store(
+            counts_ptr + bucket.to(tl.int64) * num_blocks + block,
+            tl.sum(hit.to(tl.int32), 1),
+            mask=bucket <= num_experts,
+        )
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def _scan_blocks(counts_ptr, totals_ptr, num_blocks, CHUNK: tl.constexpr):
+    """Exclusive scan over the blocks of one expert, in place, and its total."""
+    expert = tl.program_id(0)
+    row_ptr = counts_ptr + expert.to(tl.int64) * num_blocks
+    total = tl.zeros((), dtype=tl.int32)
+    for first in range(0, num_blocks, CHUNK):
+        block = first + tl.arange(0, CHUNK)
+        count = tl.load(row_ptr + block, mask=block < num_blocks, other=0)
+        tl.store(row_ptr + block, total + tl.cumsum(count, 0) - count, mask=block < num_blocks)
+        total += tl.sum(count, 0)
+    tl.store(totals_ptr + expert, total)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_blocks"])
+def _scatter_slots(
+    sorted_slots_ptr,
+    expert_offsets_ptr,
+    counts_ptr,
+    totals_ptr,
+    topk_ids_ptr,
+    expert_map_ptr,
+    num_slots,
+    num_blocks,
+    topk,
+    stride_im,
+    stride_ij,
+    num_global,
+    num_experts,
+    HAS_MAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Destination: start of the expert + its slots in earlier blocks + its earlier slots in this block."""
+    block = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    slot = block * BLOCK + lane
+    valid = slot < num_slots
+    expert = _local_expert(
+        topk_ids_ptr, expert_map_ptr, slot, valid, topk, stride_im, stride_ij, num_global, num_experts, HAS_MAP
+    )
+    destination = tl.load(counts_ptr + expert.to(tl.int64) * num_blocks + block, mask=valid, other=0)
+    running = tl.zeros((), dtype=tl.int32)
+    for first in range(0, num_experts + 1, CHUNK):
+        bucket = first + tl.arange(0, CHUNK)
+        total = tl.load(totals_ptr + bucket, mask=bucket <= num_experts, other=0)
+        destination += tl.sum(tl.where(bucket[None, :] < expert[:, None], total[None, :], 0), 1)
+        if block == 0:
+            start = running + tl.cumsum(total, 0) - total
+            tl.store(expert_offsets_ptr + bucket, start, mask=bucket <= num_experts)
+        running += tl.sum(total, 0)
+    # The slots of a block are compared through memory order, not through the lanes that hold them.
+    other_slot = block * BLOCK + tl.arange(0, BLOCK)
+    other = _local_expert(
+        topk_ids_ptr,
+        expert_map_ptr,
+        other_slot,
+        other_slot < num_slots,
+        topk,
+        stride_im,
+        stride_ij,
+        num_global,
+        num_experts,
+        HAS_MAP,
+    )
+    earlier = (other[None, :] == expert[:, None]) & (other_slot[None, :] < slot[:, None])
+    destination += tl.sum((earlier & (other_slot < num_slots)[None, :]).to(tl.int32), 1)
+    tl.store(sorted_slots_ptr + destination, slot, mask=valid)
+
+
+def sort_tokens(
+    sorted_slots: Tensor, expert_offsets: Tensor, topk_ids: Tensor, num_experts: int, expert_map: Tensor | None
+) -> None:
+    """Launch the sort into sorted_slots (S,) and expert_offsets (E + 1,), both int32 and contiguous."""
+    m, topk = topk_ids.shape
+    num_slots = m * topk
+    has_map = expert_map is not None
+    num_global = expert_map.size(0) if expert_map is not None else num_experts
+    # The stride of a dimension of size 1 means nothing, but would select another specialization.
+    stride_im = topk_ids.stride(0) if m > 1 else topk
+    if expert_map is not None:
+        expert_map = expert_map.contiguous()
+    ids = (topk_ids, expert_map if expert_map is not None else topk_ids)
+    sizes = (topk, stride_im, topk_ids.stride(1), num_global, num_experts)
+    num_blocks = max(1, triton.cdiv(num_slots, BLOCK))
+    counts = totals = expert_offsets
+    if num_slots > SMALL_MAX_SLOTS:
+        counts = torch.empty((num_experts + 1, num_blocks), dtype=torch.int32, device=topk_ids.device)
+        totals = torch.empty_like(expert_offsets)
+    constants = {"HAS_MAP": has_map, "BLOCK": BLOCK, "CHUNK": CHUNK}
+    small = Launch(
+        _sort_small,
+        (triton.cdiv(num_slots, SMALL_BLOCK) + triton.cdiv(num_experts + 1, SMALL_BLOCK),),
+        (sorted_slots, expert_offsets, *ids, num_slots, *sizes),
+        {**constants, "BLOCK": SMALL_BLOCK, "num_warps": 4},
+    )
+    large = (
+        Launch(
+            _block_histograms,
+            (num_blocks,),
+            (counts, *ids, num_slots, num_blocks, *sizes),
+            {**constants, "CHUNK": 64, "num_warps": 4},
+        ),
+        Launch(_scan_blocks, (num_experts + 1,), (counts, totals, num_blocks), {"CHUNK": 1024, "num_warps": 4}),
+        Launch(
+            _scatter_slots,
+            (num_blocks,),
+            (sorted_slots, expert_offsets, counts, totals, *ids, num_slots, num_blocks, *sizes),
+            {**constants, "CHUNK": 64, "num_warps": 8},
+        ),
+    )
+    key = ("sort_tokens", has_map, sizes, *map(pointer_key, (*ids, sorted_slots, expert_offsets)))
+    chosen = large if num_slots > SMALL_MAX_SLOTS else (small,)
+    launch_all(key, chosen, lambda: (small, *large), topk_ids.device)

@@ -1,0 +1,160 @@
+"""Problem size of the MoE layer and the checks on its arguments that every op and the API share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+CPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+CUDA_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ID_DTYPES = (torch.int32, torch.int64)
+
+
+def require(condition: bool, message: Callable[[], str]) -> None:
+    """Raise ValueError with ``message()`` unless ``condition``; a condition on an unbacked size is deferred."""
+    if condition is True:
+        return
+    torch._check_with(ValueError, condition, message)
+
+
+def require_type(condition: bool, message: Callable[[], str]) -> None:
+    if not condition:
+        raise TypeError(message())
+
+
+def shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def _moe_problem_size(
+    a1: Tensor, w1: Tensor, w2: Tensor, topk_ids: Tensor
+) -> tuple[int, int, int, int, int]:
+    """Problem size (E, M, N, K, topk) of an MoE layer.
+
+    E and N come from w1, K from ``w2.size(1)`` (never from a trailing dimension, which packed formats such as
+    int4 halve), M from ``a1.size(0)``, or from ``a1.size(1)`` for batched input (E, max_num_tokens, K).
+
+    Args:
+        a1: hidden states, (M, K), or (E, max_num_tokens, K).
+        w1: (E, N, K or packed).
+        w2: (E, K, I or packed).
+        topk_ids: (M, topk).
+
+    Raises:
+        ValueError: if a rank is wrong, the experts of w1 and w2 differ, or the tokens of a1 and topk_ids differ.
+    """
+    require(
+        w1.dim() == 3 and w2.dim() == 3,
+        lambda: f"w1 must be (E, N, K) and w2 (E, K, I), got {shape(w1)} and {shape(w2)}",
+    )
+    num_experts, n = w1.size(0), w1.size(1)
+    k = w2.size(1)
+    require(
+        w2.size(0) == num_experts,
+        lambda: f"w1 and w2 must hold the same number of experts, got w1 {shape(w1)} and w2 {shape(w2)}",
+    )
+    require(topk_ids.dim() == 2, lambda: f"topk_ids must be (M, topk), got {shape(topk_ids)}")
+    if a1.dim() == 2:
+        m = a1.size(0)
+        require(
+            topk_ids.size(0) == m,
+            lambda: f"topk_ids must have one row a token: {m} rows, got {shape(topk_ids)}",
+        )
+    else:
+        require(
+            a1.dim() == 3,
+            lambda: f"hidden states must be (M, K), or (E, max_num_tokens, K), got {shape(a1)}",
+        )
+        require(
+            a1.size(0) == num_experts,
+            lambda: f"batched hidden states must be (E={num_experts}, max_num_tokens, K), got {shape(a1)}",
+        )
+        m = a1.size(1)
+    return num_experts, m, n, k, topk_ids.size(1)
+
+
+def check_float_dtype(name: str, t: Tensor) -> None:
+    accepted = CUDA_DTYPES if t.device.type == "cuda" else CPU_DTYPES
+    require_type(
+        t.dtype in accepted,
+        lambda: (
+            f"{name} must be one of {', '.join(str(d) for d in accepted)} on {t.device.type}, got {t.dtype}"
+        ),
+    )
+
+
+def check_same(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+    """Check that tensors have the dtype and device of ``reference``."""
+    for name, t in others.items():
+        if t is None:
+            continue
+        require_type(
+            t.dtype is reference.dtype,
+            lambda: (
+                f"{name} must have the dtype of {reference_name}, {reference.dtype}, got {t.dtype}; "  # noqa: B023
+                "convert one of them, or run under torch.autocast"
+            ),
+        )
+        check_device(reference_name, reference, **{name: t})
+
+
+def check_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+    for name, t in others.items():
+        if t is not None and t.device != reference.device:
+            raise ValueError(
+                f"{name} must be on the device of {reference_name}, {reference.device}, got {t.device}"
+            )
+
+
+def check_ids(topk_ids: Tensor) -> None:
+    require(
+        topk_ids.dim() == 2 and topk_ids.size(1) >= 1,
+        lambda: f"topk_ids must be (M, topk) with topk at least 1, got {shape(topk_ids)}",
+    )
+    require_type(
+        topk_ids.dtype in ID_DTYPES, lambda: f"topk_ids must be int32 or int64, got {topk_ids.dtype}"
+    )
+
+
+def check_expert_map(expert_map: Tensor | None, reference: Tensor) -> None:
+    if expert_map is None:
+        return
+    require(
+        expert_map.dim() == 1,
+        lambda: f"expert_map must be (global_num_experts,), got {shape(expert_map)}",
+    )
+    require_type(
+        expert_map.dtype in ID_DTYPES, lambda: f"expert_map must be int32 or int64, got {expert_map.dtype}"
+    )
+    check_device("topk_ids", reference, expert_map=expert_map)
+
+
+def check_weight(name: str, w: Tensor) -> None:
+    """Check a stack of expert matrices for what the kernels address with 32 bits inside one expert."""
+    span = sum((size - 1) * stride for size, stride in zip(w.shape[1:], w.stride()[1:], strict=True))
+    require(
+        span < 2**31,
+        lambda: f"one expert of {name} spans {span + 1} elements, more than 2^31; split the expert",
+    )
+
+
+def check_sorted(sorted_slots: Tensor, expert_offsets: Tensor, num_tokens: int, topk: int, w: Tensor) -> None:
+    """Check the outputs of ``sort_tokens`` against the tokens and weights they are used with."""
+    require(topk >= 1, lambda: f"topk must be at least 1, got {topk}")
+    require(
+        sorted_slots.dim() == 1 and sorted_slots.size(0) == num_tokens * topk,
+        lambda: f"sorted_slots must be (M * topk,) = ({num_tokens} * {topk},), got {shape(sorted_slots)}",
+    )
+    require(
+        expert_offsets.dim() == 1 and expert_offsets.size(0) == w.size(0) + 1,
+        lambda: f"expert_offsets must be (E + 1,) = ({w.size(0) + 1},), got {shape(expert_offsets)}",
+    )
+    require_type(
+        sorted_slots.dtype is torch.int32 and expert_offsets.dtype is torch.int32,
+        lambda: (
+            f"sorted_slots and expert_offsets must be int32, got {sorted_slots.dtype} and {expert_offsets.dtype}"
+        ),
+    )
+    check_device("w", w, sorted_slots=sorted_slots, expert_offsets=expert_offsets)

@@ -1,0 +1,178 @@
+"""Registration of the ops of namespace ``compile_moe``.
+
+An op is declared once, by five functions with the same parameters: ``check`` (raises on bad arguments),
+``outputs`` (shapes and dtypes), ``torch_impl`` (plain PyTorch: returns the results), ``launch`` (CUDA: writes the results into given
+tensors) and nothing else: the functional overload, its fake and the ``.out`` overload follow, so they can't
+drift apart. There are no backward formulas: the autograd rule raises, so that neither eager backward nor a
+compiled joint graph detaches silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "compile_moe"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+OutputSpec = tuple[tuple[int, ...], torch.dtype]
+
+_first_fake_callbacks: list[Callable[[], None]] = []
+
+
+def on_first_fake_call(callback: Callable[[], None]) -> None:
+    """Run ``callback`` once, before the first fake (shape-only) call of any op.
+
+    Tracing always reaches a fake before inductor lowers the graph, so this is where lowerings can be
+    registered without importing inductor (about 1.5 s) into processes that never compile.
+    """
+    _first_fake_callbacks.append(callback)
+
+
+def _run_first_fake_callbacks() -> None:
+    while _first_fake_callbacks:
+        _first_fake_callbacks.pop()()
+
+
+def define_op(
+    name: str,
+    arguments: str,
+    returns: tuple[str, ...],
+    *,
+    check: Callable[..., None],
+    outputs: Callable[..., tuple[OutputSpec, ...]],
+    torch_impl: Callable[..., Any],
+    launch: Callable[..., None],
+    autocast: bool = False,
+) -> torch._ops.OpOverload:
+    """Declare the overloads ``name`` and ``name.out`` and return the functional one.
+
+    Args:
+        name, arguments, returns: the parts of the schema; the first argument is a tensor whose device is that
+            of the outputs.
+        check: raises ValueError or TypeError; reads shapes, dtypes, devices and strides only.
+        outputs: (shape, dtype) of each output. Outputs are fresh and contiguous.
+        torch_impl: plain PyTorch for every device but CUDA; returns the output, or a tuple of them.
+        launch: called as ``launch(outputs, *arguments)``; writes every element that is ever read.
+        autocast: cast floating-point tensors to the autocast dtype, as torch does for its GEMMs.
+    """
+    single = len(returns) == 1
+
+    def allocate(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        check(*args, **kwargs)
+        return tuple(args[0].new_empty(shape, dtype=dtype) for shape, dtype in outputs(*args, **kwargs))
+
+    def functional_torch(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return torch_impl(*args, **kwargs)
+
+    def functional_cuda(*args: Any, **kwargs: Any) -> Any:
+        results = allocate(*args, **kwargs)
+        launch(results, *args, **kwargs)
+        return results[0] if single else results
+
+    def functional_fake(*args: Any, **kwargs: Any) -> Any:
+        _run_first_fake_callbacks()
+        results = allocate(*args, **kwargs)
+        return results[0] if single else results
+
+    result_types = ", ".join(f"Tensor {r}" for r in returns)
+    LIBRARY.define(
+        f"{name}({arguments}) -> {'Tensor' if single else f'({result_types})'}",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    # Every device but CUDA runs plain PyTorch.
+    LIBRARY.impl(name, functional_torch, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, functional_cuda, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", functional_fake, lib=LIBRARY)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", _raise_in_backward(name), lib=LIBRARY)
+    op: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if autocast:
+        for device_type in ("cpu", "cuda"):
+            LIBRARY.impl(name, _autocast(op, device_type), f"Autocast{device_type.upper()}")
+
+    def checked_out(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        outs = tuple(kwargs.pop(r) for r in returns)
+        check(*args, **kwargs)
+        _refuse_grad(f"{name}.out", (*args, *kwargs.values(), *outs))
+        for r, out, (shape, dtype) in zip(returns, outs, outputs(*args, **kwargs), strict=True):
+            if tuple(out.shape) != tuple(shape) or out.dtype is not dtype or out.device != args[0].device:
+                raise ValueError(
+                    f"{r} must be {tuple(shape)}, {dtype} on {args[0].device}, "
+                    f"got {tuple(out.shape)}, {out.dtype} on {out.device}"
+                )
+            if not out.is_contiguous():
+                raise ValueError(f"{r} must be contiguous, got strides {out.stride()}")
+        return outs
+
+    def out_torch(*args: Any, **kwargs: Any) -> None:
+        outs = checked_out(args, kwargs)
+        results = torch_impl(*args, **kwargs)
+        for out, result in zip(outs, (results,) if single else results, strict=True):
+            out.copy_(result)
+
+    def out_cuda(*args: Any, **kwargs: Any) -> None:
+        launch(checked_out(args, kwargs), *args, **kwargs)
+
+    def out_fake(*args: Any, **kwargs: Any) -> None:
+        checked_out(args, kwargs)
+
+    out_arguments = ", ".join(f"Tensor({chr(97 + i)}!) {r}" for i, r in enumerate(returns))
+    # Returns nothing: functionalization can't rewrite custom ops that return what they mutate.
+    LIBRARY.define(f"{name}.out({arguments}, *, {out_arguments}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(f"{name}.out", out_torch, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{name}.out", out_cuda, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{name}.out", out_fake, lib=LIBRARY)
+    return op
+
+
+def define_composite(
+    name: str, arguments: str, returns: str, implementation: Callable[..., Any]
+) -> torch._ops.OpOverload:
+    """Declare an op that is nothing but calls of other ops; AOTAutograd expands it into them."""
+    LIBRARY.define(f"{name}({arguments}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, implementation, "CompositeImplicitAutograd")
+    op: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return op
+
+
+def _no_backward_message(name: str) -> str:
+    return (
+        f"{NAMESPACE}::{name} has no backward formula: this version runs the forward only. "
+        "Call the layer under torch.no_grad() or torch.inference_mode()"
+    )
+
+
+def _raise_in_backward(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(_no_backward_message(name))
+
+    return backward
+
+
+def _refuse_grad(name: str, values: tuple[Any, ...]) -> None:
+    """Tensors that a caller hands in to be written to can't carry a graph, as with torch's own ``out=``."""
+    if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values):
+        raise RuntimeError(_no_backward_message(name))
+
+
+def _autocast(op: torch._ops.OpOverload, device_type: str) -> Callable[..., Any]:
+    def cast(value: Any, dtype: torch.dtype) -> Any:
+        # float64 and tensors of other devices keep their dtype, as in torch's own autocast rules.
+        eligible = (
+            isinstance(value, Tensor)
+            and value.is_floating_point()
+            and value.dtype is not torch.float64
+            and value.device.type == device_type
+        )
+        return value.to(dtype) if eligible else value
+
+    def autocast(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            return op(*(cast(a, dtype) for a in args), **{k: cast(v, dtype) for k, v in kwargs.items()})
+
+    return autocast

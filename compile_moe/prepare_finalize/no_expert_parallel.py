@@ -1,0 +1,79 @@
+"""Prepare and finalize on one device: nothing to dispatch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from compile_moe.modular_kernel import FusedMoEPrepareAndFinalize, PrepareResult
+from compile_moe.ops.fused_moe import weight_input, write_reduced
+from compile_moe.ops.problem_size import require, shape
+from compile_moe.ops.weight_and_reduce import weight_and_reduce
+from compile_moe.unsupported import refuse_quant_config, refuse_scales
+
+
+class MoEPrepareAndFinalizeNoEP(FusedMoEPrepareAndFinalize):
+    """Prepare and finalize on one device.
+
+    Args:
+        quant_config: None; quantized layers are not supported by this version.
+    """
+
+    def __init__(self, quant_config: None = None) -> None:
+        refuse_quant_config(quant_config)
+
+    def prepare(
+        self,
+        a1: Tensor,
+        a1_scale: Tensor | None,
+        a2_scale: Tensor | None,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        num_experts: int,
+        expert_map: Tensor | None,
+        apply_router_weight_on_input: bool,
+    ) -> PrepareResult:
+        """The tokens themselves, weighted if asked."""
+        refuse_scales(type(self).__name__, a1_scale=a1_scale, a2_scale=a2_scale)
+        require(a1.dim() == 2, lambda: f"a1 must be (M, K), got {shape(a1)}")
+        if apply_router_weight_on_input:
+            topk = topk_ids.size(1)
+            require(topk == 1, lambda: f"apply_router_weight_on_input needs topk = 1, got topk = {topk}")
+            a1 = weight_input(a1, topk_weights)
+        return PrepareResult(a1)
+
+    def finalize(
+        self,
+        output: Tensor,
+        fused_expert_output: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        """Weight and sum (M, topk, K) into output (M, K), accumulating in float32."""
+        expected = (fused_expert_output.size(0), fused_expert_output.size(-1))
+        require(
+            output.dim() == 2 and tuple(output.shape) == expected,
+            lambda: f"output must be (M, K) = {expected}, got {shape(output)}",
+        )
+        write_reduced(
+            output, fused_expert_output, topk_weights, None, None, -1, not apply_router_weight_on_input
+        )
+
+    def reduce(  # type: ignore[override]
+        self,
+        fused_expert_output: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor | None,
+        expert_map: Tensor | None,
+        num_experts: int,
+        apply_router_weight_on_input: bool,
+    ) -> Tensor:
+        """``finalize`` as a function, ignoring skipped slots if topk_ids is given."""
+        return weight_and_reduce(
+            fused_expert_output,
+            topk_weights,
+            topk_ids,
+            expert_map,
+            num_experts,
+            not apply_router_weight_on_input,
+        )

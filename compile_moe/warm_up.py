@@ -1,0 +1,48 @@
+"""Compile and load kernels ahead of a CUDA graph capture."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compile_moe.activations import ActivationLike
+from compile_moe.fused_experts import fused_experts
+
+
+def warm_up(
+    w1: Tensor,
+    w2: Tensor,
+    topk: int,
+    *,
+    activation: ActivationLike = "silu",
+    w1_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
+    expert_map: Tensor | None = None,
+    ids_dtype: torch.dtype = torch.int64,
+    weights_dtype: torch.dtype = torch.float32,
+) -> None:
+    """Compile and load every kernel that a layer with these weights can launch, for any number of tokens.
+
+    One small call of the layer: the kernel variants of a weight shape load together. Inside a CUDA graph capture
+    nothing may compile, so call this (or the layer itself) before capturing.
+
+    Args:
+        w1, w2, w1_bias, w2_bias, activation, expert_map: as for :func:`compile_moe.fused_experts`.
+        topk: experts per token.
+        ids_dtype, weights_dtype: dtypes of the router's topk_ids and topk_weights.
+    """
+    hidden_states = w1.new_zeros((2, w1.size(2)))
+    topk_ids = torch.zeros((2, topk), dtype=ids_dtype, device=w1.device)
+    topk_weights = torch.zeros((2, topk), dtype=weights_dtype, device=w1.device)
+    with torch.no_grad():
+        fused_experts(
+            hidden_states,
+            w1,
+            w2,
+            topk_weights,
+            topk_ids,
+            activation=activation,
+            expert_map=expert_map,
+            w1_bias=w1_bias,
+            w2_bias=w2_bias,
+        )
