@@ -20,7 +20,9 @@ def _matmul(
         a = tl.load(a_ptr + rows[:, None] * k + (first + inner)[None, :], mask=(rows < m)[:, None], other=0.0)
         b = tl.load(b_ptr + columns[None, :] * k + (first + inner)[:, None])
         acc = tl.dot(a, b, acc)
-    tl.store(c_ptr + rows[:, None] * n + columns[None, :], acc.to(c_ptr.dtype.element_ty), mask=(rows < m)[:, None])
+    tl.store(
+        c_ptr + rows[:, None] * n + columns[None, :], acc.to(c_ptr.dtype.element_ty), mask=(rows < m)[:, None]
+    )
 
 
 def _compile(capability, block, num_warps=8, m: int | str = "i32", **options):

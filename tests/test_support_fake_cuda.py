@@ -23,11 +23,15 @@ def test_pointwise_and_norm_are_one_kernel(dynamic):
     generated = generated_kernels(_residual_norm, _arguments, dims)
     assert len(generated.triton_kernels) == 1
     assert generated.extern_calls == generated.op_calls == []
-    assert ("s" in generated.triton_kernels[0] and "xnumel = 16" in generated.code) != dynamic
+    assert ("xnumel = 16" in generated.code) != dynamic
 
 
 def test_one_kernel_for_unbacked_dimension():
-    generated = generated_kernels(_residual_norm, _arguments, unbacked_dims=[(0, 0), (1, 0)])
+    # One input: torch 2.11 doesn't fuse over sizes that are equal only at run time.
+    def norm(x, weight):
+        return torch.nn.functional.rms_norm(x * 2, NORM_WEIGHT, weight)
+
+    generated = generated_kernels(norm, lambda: [cuda_empty(16, 64), cuda_empty(64)], unbacked_dims=[(0, 0)])
     assert len(generated.triton_kernels) == 1
 
 
@@ -41,11 +45,8 @@ def test_extern_calls_are_listed_in_order():
 
 
 def test_config_is_passed_on():
-    def two_stages(x):
-        return torch.relu(x.sum(0)) * x
-
-    args = lambda: [cuda_empty(256, 256)]
-    assert "bf16" in generated_kernels(two_stages, args, triton__unique_kernel_names=True).code
+    generated = generated_kernels(_residual_norm, _arguments, triton__descriptive_names=False)
+    assert "rms_norm" not in generated.triton_kernels[0]
 
 
 def test_failure_to_compile_is_raised():

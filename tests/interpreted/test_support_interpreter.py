@@ -29,7 +29,11 @@ def _dot(a_ptr, b_ptr, out_ptr, k, N: tl.constexpr, STEP: tl.constexpr):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_dot_over_a_runtime_bound(dtype):
-    a, b, out = torch.randn(N, 40, dtype=dtype), torch.randn(40, N, dtype=dtype), torch.empty(N, N, dtype=dtype)
+    a, b, out = (
+        torch.randn(N, 40, dtype=dtype),
+        torch.randn(40, N, dtype=dtype),
+        torch.empty(N, N, dtype=dtype),
+    )
     _launch(_dot, a, b, out, 40, N=N, STEP=16)
     expected = a.double() @ b.double()
     torch.testing.assert_close(out.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-4)
@@ -99,7 +103,15 @@ def _extern(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
 def test_libdevice():
     x, y, out = torch.randn(N) * 3, torch.rand(N) + 0.5, torch.empty(12, N)
     _launch(_extern, x, y, out, N=N)
-    expected = [torch.tanh(x), torch.expm1(x), torch.log1p(y), y**x, torch.fmod(x, y), x.floor(), torch.erf(x)]
+    expected = [
+        torch.tanh(x),
+        torch.expm1(x),
+        torch.log1p(y),
+        y**x,
+        torch.fmod(x, y),
+        x.floor(),
+        torch.erf(x),
+    ]
     expected += [y**2.5, y.rsqrt(), x.round(), x * y + x, x.trunc()]
     torch.testing.assert_close(out, torch.stack(expected))
 

@@ -103,7 +103,9 @@ def compile_ahead(
         if specialize and aligned:
             attributes[(position,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
-        ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constexprs.items()}, attributes),
+        ASTSource(
+            kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constexprs.items()}, attributes
+        ),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": num_warps, "num_stages": num_stages, **options},
     )
@@ -138,7 +140,14 @@ def _resources(ptx: str, capability: int) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        command = [ptxas, "-v", f"--gpu-name={target[1]}", str(source), "-o", str(source.with_suffix(".cubin"))]
+        command = [
+            ptxas,
+            "-v",
+            f"--gpu-name={target[1]}",
+            str(source),
+            "-o",
+            str(source.with_suffix(".cubin")),
+        ]
         log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     found = {
         "registers": r"Used (\d+) registers",

@@ -109,7 +109,9 @@ def generated_kernels(
 def _read(code: str) -> GeneratedKernels:
     body = code[code.index("def call(") :]
     externs = re.findall(r"\b(extern_kernels\.\w+|torch\.ops\.[\w.]+|aoti_torch_\w+)\(", body)
-    ours = [c.removeprefix("torch.ops.compile_moe.") for c in externs if c.startswith("torch.ops.compile_moe.")]
+    ours = [
+        c.removeprefix("torch.ops.compile_moe.") for c in externs if c.startswith("torch.ops.compile_moe.")
+    ]
     return GeneratedKernels(
         code=code,
         triton_kernels=re.findall(r"^def (triton_\w+)\(", code, re.MULTILINE),
@@ -195,7 +197,9 @@ def _device_properties(capability: tuple[int, int]) -> SimpleNamespace:
     )
 
 
-def _cuda_functions(properties: SimpleNamespace, capability: tuple[int, int]) -> dict[str, Callable[..., Any]]:
+def _cuda_functions(
+    properties: SimpleNamespace, capability: tuple[int, int]
+) -> dict[str, Callable[..., Any]]:
     stream = SimpleNamespace(stream_id=0, device=torch.device("cuda", 0), cuda_stream=0)
     constants = {
         "is_available": True,

@@ -27,7 +27,17 @@ def is_interpreting() -> bool:
 
 def run_interpreted(test_file: Path, *pytest_arguments: str, timeout: float = 600) -> None:
     """Run one test file under the interpreter, and fail with its output if it fails."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(test_file)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        str(test_file),
+    ]
     result = subprocess.run(
         [*command, *pytest_arguments],
         cwd=ROOT,
@@ -127,7 +137,9 @@ def _repair_floats(shipped: Any) -> None:
         return narrow(result, tl.bfloat16) if is_bf16(z) else result
 
     def bf16_constant(self: Any, value: float) -> Any:
-        return cast_impl(self, shipped.TensorHandle(np.array([value], dtype=np.float32), tl.float32), tl.bfloat16)
+        return cast_impl(
+            self, shipped.TensorHandle(np.array([value], dtype=np.float32), tl.float32), tl.bfloat16
+        )
 
     shipped_sum = shipped.ReduceOps.sum
 
@@ -135,7 +147,9 @@ def _repair_floats(shipped: Any) -> None:
         if tensor.dtype != tl.bfloat16:
             return shipped_sum(self, tensor)
         total = np.sum(widen(tensor.handle).data, axis=self.axis, keepdims=self.keep_dims)
-        return self.to_tensor(convert(np.asarray(total, np.float32), tl.float32, tl.bfloat16, None), tl.bfloat16)
+        return self.to_tensor(
+            convert(np.asarray(total, np.float32), tl.float32, tl.bfloat16, None), tl.bfloat16
+        )
 
     shipped._convert_float = convert
     builder.cast_impl = cast_impl
@@ -204,7 +218,9 @@ def _check_bounds(shipped: Any) -> None:
     def init_arguments(self: Any, arguments: Any, named: Any) -> Any:
         host = shipped_init(self, arguments, named)
         tensors = list(_tensors_in(host))
-        spans = sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in (t.untyped_storage() for t in tensors)})
+        spans = sorted(
+            {(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in (t.untyped_storage() for t in tensors)}
+        )
         allowed[-1] = tuple(np.array(edge, dtype=np.uint64) for edge in zip(*spans, strict=True)) or (
             np.empty(0, np.uint64),
             np.empty(0, np.uint64),
@@ -295,4 +311,3 @@ def _add_libdevice(shipped: Any) -> None:
             wrapped = interpreted(member)
             setattr(cuda_libdevice, name, wrapped)
             setattr(libdevice, name, wrapped)
-

@@ -190,7 +190,9 @@ def make_layer(
     expert_map = None
     if mapped:
         expert_map = torch.full((num_global,), -1, dtype=ids_dtype, device=device)
-        expert_map[torch.randperm(num_global, device=device)[:E]] = torch.arange(E, device=device, dtype=ids_dtype)
+        expert_map[torch.randperm(num_global, device=device)[:E]] = torch.arange(
+            E, device=device, dtype=ids_dtype
+        )
     if skipped and M:
         flat = ids.view(-1)
         flat[::3] = -1
