@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -28,43 +28,60 @@ class NotPointwise(Exception):
     """The traced graph has no form as an epilogue; the message says why."""
 
 
-_cache: weakref.WeakKeyDictionary[Any, dict[tuple[Any, int], tuple[str, str]]] = weakref.WeakKeyDictionary()
-
-
 def trace(function: Callable[..., Tensor], owner: Any, num_columns: int) -> tuple[str, str]:
-    """Epilogue text and "" or "" and the reason why there is none.
+    """Epilogue text and ""; or "" and the reason why there is none.
 
     Args:
         function: the callable, or the function of a bound method.
         owner: the object a bound method is bound to, or None.
         num_columns: N.
     """
-    holder = function if owner is None else owner
-    key = (None if owner is None else function, num_columns)
-    try:
-        return _cache[holder][key]
-    except (KeyError, TypeError):
-        pass
-    result = _trace(function if owner is None else lambda gate_up: function(owner, gate_up), num_columns)
-    try:
-        _cache.setdefault(holder, {})[key] = result
-    except TypeError:
-        # Not weakly referable or not hashable: traced at every eager call, once in a graph.
-        pass
-    return result
-
-
-def _trace(function: Callable[[Tensor], Tensor], num_columns: int) -> tuple[str, str]:
+    call = (lambda x: function(x)) if owner is None else (lambda x: function(owner, x))
     gate_up = torch.empty(_ROWS, num_columns, device="meta")
     try:
         with torch.no_grad():
-            graph = make_fx(lambda x: function(x), decomposition_table=_decompositions())(gate_up).graph
+            graph = make_fx(call, decomposition_table=_decompositions())(gate_up).graph
     except Exception as error:  # whatever a user's function raises on a meta tensor
-        return "", f"tracing it raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        first_line = str(error).partition("\n")[0]
+        return "", f"tracing it raised {type(error).__name__}: {first_line}"
     try:
         return _Translator(num_columns).program(graph).text(), ""
     except NotPointwise as refusal:
         return "", str(refusal)
+
+
+_cache: weakref.WeakKeyDictionary[Any, dict[Hashable, tuple[str, str]]] = weakref.WeakKeyDictionary()
+
+
+def trace_cached(function: Callable[..., Tensor], owner: Any, num_columns: int) -> tuple[str, str]:
+    """:func:`trace`, remembered for eager calls as long as the callable lives and the scalars it captured are the
+    same: in its closure, its defaults, the globals that it names, and the attributes of what it is bound to.
+    """
+    holder = function if owner is None else owner
+    try:
+        known = _cache.setdefault(holder, {})
+    except TypeError:
+        # Neither weakly referable nor hashable: traced at every call.
+        return trace(function, owner, num_columns)
+    key = (function if owner is not None else None, num_columns, _captured_scalars(function, owner))
+    if key not in known:
+        known[key] = trace(function, owner, num_columns)
+    return known[key]
+
+
+def _captured_scalars(function: Any, owner: Any) -> tuple[Hashable, ...]:
+    values: list[Any] = [*(getattr(function, "__defaults__", None) or ())]
+    values += (getattr(function, "__kwdefaults__", None) or {}).values()
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            values.append(cell.cell_contents)
+        except ValueError:  # a cell that is not filled yet
+            values.append(None)
+    if (code := getattr(function, "__code__", None)) is not None:
+        values += [function.__globals__.get(name) for name in code.co_names]
+    for instance in (owner, function if isinstance(function, torch.nn.Module) else None):
+        values += vars(instance).values() if hasattr(instance, "__dict__") else ()
+    return tuple(v if isinstance(v, (bool, int, float, str)) else None for v in values)
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:

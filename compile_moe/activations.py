@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compile_moe.activation_tracing import trace
+from compile_moe.activation_tracing import trace, trace_cached
 from compile_moe.ops.named_activations import program_text
 
 
@@ -51,22 +53,33 @@ class ResolvedActivation(NamedTuple):
     reason: str
 
 
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, functools.partial)
+
+
 @torch.compiler.assume_constant_result
 def _named(name: str, alpha: float | None, limit: float | None, interleaved: bool | None) -> str:
     return program_text(name, alpha, limit, interleaved)
 
 
 @torch.compiler.assume_constant_result
-def _traced(function: Any, owner: Any, num_columns: int) -> tuple[str, str]:
+def _traced_in_graph(function: Any, owner_id: int, num_columns: int) -> tuple[str, str]:
+    owner = ctypes.cast(owner_id, ctypes.py_object).value if owner_id else None
+    if function is None:
+        return trace(owner, None, num_columns)
     return trace(function, owner, num_columns)
 
 
-def resolve_activation(activation: ActivationLike, num_columns: int) -> ResolvedActivation:
-    """Resolve what a caller gave as ``activation`` for gate/up tensors of N = num_columns.
+def resolve_activation(activation: ActivationLike, num_columns: int, like: Tensor) -> ResolvedActivation:
+    """Resolve what a caller gave as ``activation``.
 
-    A callable gate_up (..., N) -> (..., I) is traced once for each N. If it is pointwise over gate and up, its
-    program runs inside GEMM 1; Python scalars that it captured are constants of that program. Otherwise it runs as
-    PyTorch between the GEMMs.
+    A callable gate_up (..., N) -> (..., I) is traced. If it is pointwise over gate and up, its program runs inside
+    GEMM 1, and the Python scalars it captured are constants of that program. Otherwise it runs as PyTorch between the
+    GEMMs.
+
+    Args:
+        activation: a name, an :class:`Activation` or a callable.
+        num_columns: N.
+        like: a tensor of the device and dtype that the callable will see.
 
     Raises:
         ValueError, TypeError: no such name, or neither a name, an Activation nor a callable.
@@ -80,9 +93,20 @@ def resolve_activation(activation: ActivationLike, num_columns: int) -> Resolved
         raise TypeError(
             f"activation must be a name, a compile_moe.Activation or a callable, got {type(activation).__name__}"
         )
-    # Dynamo takes functions and modules as constants, but not the methods that bind one to the other.
-    if isinstance(activation, types.MethodType):
-        text, reason = _traced(activation.__func__, activation.__self__, num_columns)
+    is_method = isinstance(activation, types.MethodType)
+    function = activation.__func__ if is_method else activation  # type: ignore[union-attr]
+    owner = activation.__self__ if is_method else None  # type: ignore[union-attr]
+    if not torch.compiler.is_compiling():
+        text, reason = trace_cached(function, owner, num_columns)
     else:
-        text, reason = _traced(activation, None, num_columns)
+        # A dead call, for its guards: when something that the callable captured changes, dynamo traces anew.
+        activation(like.new_empty((1, num_columns)))
+        # Dynamo hands functions over as constants, but not other objects: these go by their addresses, which are those of
+        # live objects while dynamo traces a call that has them.
+        if is_method:
+            text, reason = _traced_in_graph(function, id(owner), num_columns)
+        elif isinstance(activation, _FUNCTIONS):
+            text, reason = _traced_in_graph(function, 0, num_columns)
+        else:
+            text, reason = _traced_in_graph(None, id(activation), num_columns)
     return ResolvedActivation(text, None if text else activation, reason)

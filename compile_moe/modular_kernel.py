@@ -134,7 +134,7 @@ class FusedMoEPermuteExpertsUnpermute(ABC):
         Raises:
             ValueError: unknown activation, or an output of another shape.
         """
-        resolved = resolve_activation(activation, int(input.size(-1)))
+        resolved = resolve_activation(activation, int(input.size(-1)), input)
         result = (
             act_and_mul(input, resolved.epilogue) if resolved.function is None else resolved.function(input)
         )

@@ -44,7 +44,7 @@ class TorchExperts(UnquantizedExperts):
             intermediate = gate_up.new_zeros(expected)
             self.activation(activation, intermediate, gate_up)
         else:
-            epilogue, function, _ = resolve_activation(activation, int(w1.size(1)))
+            epilogue, function, _ = resolve_activation(activation, int(w1.size(1)), hidden_states)
             if function is None:
                 check_intermediate(w1, w2, not epilogue.startswith("ungated"))
                 intermediate = evaluate_steps(*_program(epilogue), gate_up)  # type: ignore[arg-type]

@@ -68,7 +68,7 @@ def check_layer(
     check_topk_weights(topk_weights, hidden_states)
     check_device("hidden_states", hidden_states, w1=w1, w2=w2, topk_ids=topk_ids)
     require(
-        topk_weights.dim() == 2 and topk_weights.size(0) == m and topk_weights.size(1) == topk,
+        topk_weights.dim() == 2 and topk_weights.size(1) == topk and topk_weights.size(0) == m,
         lambda: f"topk_weights must have the shape of topk_ids, {shape(topk_ids)}, got {shape(topk_weights)}",
     )
     num_global = num_experts if expert_map is None else expert_map.size(0)

@@ -13,7 +13,11 @@ ID_DTYPES = (torch.int32, torch.int64)
 
 
 def require(condition: bool, message: Callable[[], str]) -> None:
-    """Raise ValueError with ``message()`` unless ``condition``; a condition on an unbacked size is deferred."""
+    """Raise ValueError with ``message()`` unless ``condition``.
+
+    A condition on an unbacked size becomes a run-time assertion of the graph. In a conjunction it must stand last:
+    ``and`` asks every operand but the last for its truth.
+    """
     if condition is True:
         return
     torch._check_with(ValueError, condition, message)

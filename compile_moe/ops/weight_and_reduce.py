@@ -43,8 +43,8 @@ def _check(
     check_topk_weights(topk_weights, fused_out)
     require(
         topk_weights.dim() == 2
-        and topk_weights.size(0) == fused_out.size(0)
-        and topk_weights.size(1) == fused_out.size(1),
+        and topk_weights.size(1) == fused_out.size(1)
+        and topk_weights.size(0) == fused_out.size(0),
         lambda: f"topk_weights must be (M, topk) = {shape(fused_out)[:2]}, got {shape(topk_weights)}",
     )
     if topk_ids is None:
@@ -55,7 +55,7 @@ def _check(
     check_expert_map(expert_map, topk_ids)
     require(num_experts >= 1, lambda: f"num_experts must be given with topk_ids, got {num_experts}")
     require(
-        topk_ids.size(0) == fused_out.size(0) and topk_ids.size(1) == fused_out.size(1),
+        topk_ids.size(1) == fused_out.size(1) and topk_ids.size(0) == fused_out.size(0),
         lambda: f"topk_ids must be (M, topk) = {shape(fused_out)[:2]}, got {shape(topk_ids)}",
     )
 
