@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compile_moe.activation_tracing import trace, trace_cached
+from compile_moe.graph_constants import constant_in_graphs
 from compile_moe.ops.named_activations import program_text
 
 
@@ -56,12 +57,12 @@ class ResolvedActivation(NamedTuple):
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, functools.partial)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _named(name: str, alpha: float | None, limit: float | None, interleaved: bool | None) -> str:
     return program_text(name, alpha, limit, interleaved)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _traced_in_graph(function: Any, owner_id: int, num_columns: int) -> tuple[str, str]:
     owner = ctypes.cast(owner_id, ctypes.py_object).value if owner_id else None
     if function is None:

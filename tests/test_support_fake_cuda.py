@@ -1,5 +1,7 @@
 """Inductor's GPU code can be read without a GPU."""
 
+import re
+
 import pytest
 import torch
 
@@ -27,12 +29,15 @@ def test_pointwise_and_norm_are_one_kernel(dynamic):
 
 
 def test_one_kernel_for_unbacked_dimension():
-    # One input: torch 2.11 doesn't fuse over sizes that are equal only at run time.
-    def norm(x, weight):
-        return torch.nn.functional.rms_norm(x * 2, NORM_WEIGHT, weight)
+    # Pointwise only: inductor doesn't fuse a reduction with what follows it over unbacked sizes.
+    def scaled(x, weight):
+        return torch.relu(x * 2) * weight
 
-    generated = generated_kernels(norm, lambda: [cuda_empty(16, 64), cuda_empty(64)], unbacked_dims=[(0, 0)])
+    generated = generated_kernels(
+        scaled, lambda: [cuda_empty(16, 64), cuda_empty(64)], unbacked_dims=[(0, 0)]
+    )
     assert len(generated.triton_kernels) == 1
+    assert re.search(r"\bu\d+\b", generated.code)
 
 
 def test_extern_calls_are_listed_in_order():

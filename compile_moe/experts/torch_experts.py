@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compile_moe.activations import ActivationLike, resolve_activation
 from compile_moe.experts.unquantized import UnquantizedExperts
+from compile_moe.graph_constants import constant_in_graphs
 from compile_moe.ops.epilogue import evaluate_steps, parse
 from compile_moe.ops.fused_moe import check_intermediate
 from compile_moe.ops.grouped_linear import grouped_linear
@@ -14,7 +15,7 @@ from compile_moe.ops.problem_size import require, shape
 from compile_moe.ops.sort_tokens import sort_tokens_torch
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _program(epilogue: str) -> tuple[object, ...]:
     return parse(epilogue).as_tuples()
 

@@ -165,6 +165,34 @@ def test_out_of_bounds_raises():
     with pytest.raises(Exception, match="store outside every argument: 2 of 8"):
         _launch(_copy, torch.empty(8), torch.empty(6), 8, N=N)
     _launch(_copy, torch.empty(0), torch.empty(0), 0, N=N)
+    with pytest.raises(Exception, match="load outside every argument: 2 of 2"):
+        _launch(_copy, torch.empty(0), torch.empty(2), 2, N=N)
+
+
+@triton.jit
+def _copy_backwards(x_ptr, out_ptr, N: tl.constexpr):
+    lane = tl.arange(0, N)
+    tl.store(out_ptr + lane, tl.load(x_ptr - lane))
+
+
+def test_address_before_an_argument_raises():
+    with pytest.raises(Exception, match="load outside every argument"):
+        _launch(_copy_backwards, torch.empty(N), torch.empty(N), N=N)
+
+
+@triton.jit
+def _extrema(x_ptr, out_ptr, N: tl.constexpr):
+    lane = tl.arange(0, N)
+    x = tl.load(x_ptr + lane)
+    tl.store(out_ptr + lane, tl.maximum(x, 0.0))
+    tl.store(out_ptr + N + lane, tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+def test_nan_propagates_on_request_only():
+    x, out = torch.full((N,), torch.nan), torch.empty(2, N)
+    _launch(_extrema, x, out, N=N)
+    assert (out[0] == 0).all()
+    assert out[1].isnan().all()
 
 
 @triton.jit
