@@ -41,14 +41,19 @@ def act_and_mul_kernel(
     tl.store(out_ptr + row * num_columns + column, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def act_and_mul(out: Tensor, gate_up: Tensor, epilogue_body: str, layout: str) -> None:
-    """Launch into out (R, I), contiguous, from gate_up (R, N)."""
+def launch_for(out: Tensor, gate_up: Tensor, epilogue_body: str, layout: str) -> Launch:
     num_rows, num_columns = out.shape
     # The stride of a dimension of size 1 means nothing, but would select another specialization.
     stride_xr = gate_up.stride(0) if num_rows > 1 else gate_up.size(1)
-    kernel = with_epilogue(act_and_mul_kernel, epilogue_body)
     args = (out, gate_up, num_columns, stride_xr, gate_up.stride(1))
-    options = {"LAYOUT": layout, "BLOCK": min(BLOCK, triton.next_power_of_2(max(num_columns, 1))), "num_warps": 4}
-    launch = Launch(kernel, (num_rows, triton.cdiv(num_columns, BLOCK)), args, options)
-    key = ("act_and_mul", epilogue_body, layout, args[2:], *map(pointer_key, args[:2]))
+    block = min(BLOCK, triton.next_power_of_2(max(num_columns, 1)))
+    options = {"LAYOUT": layout, "BLOCK": block, "num_warps": 4}
+    kernel = with_epilogue(act_and_mul_kernel, epilogue_body)
+    return Launch(kernel, (num_rows, triton.cdiv(num_columns, block)), args, options)
+
+
+def act_and_mul(out: Tensor, gate_up: Tensor, epilogue_body: str, layout: str) -> None:
+    """Launch into out (R, I), contiguous, from gate_up (R, N)."""
+    launch = launch_for(out, gate_up, epilogue_body, layout)
+    key = ("act_and_mul", epilogue_body, layout, launch.args[2:], *map(pointer_key, launch.args[:2]))
     launch_all(key, (launch,), lambda: (launch,), out.device)

@@ -15,6 +15,7 @@ from compile_moe.ops.kernels.tiles import (
     choose_tile,
     device_limits,
     grouped_order,
+    is_vectorized,
     locate_tile,
     max_row_tiles,
     tile_candidates,
@@ -206,8 +207,9 @@ def gather_gemm(
         layout,
         zero_skipped,
     )
-    limits = device_limits(out.device.index)
-    candidates = tile_candidates(out.element_size(), out.size(1), 1 if layout == "ungated" else 2, limits)
+    candidates = tile_candidates(
+        out.element_size(), out.size(1), 1 if layout == "ungated" else 2, is_vectorized(hidden_states, w1), device_limits(out.device.index)
+    )
     chosen = launch_for(choose_tile(candidates, out.size(0), w1.size(0)), *arguments)
     key = (
         "gather_gemm",

@@ -13,6 +13,7 @@ from compile_moe.ops.kernels.tiles import (
     choose_tile,
     device_limits,
     grouped_order,
+    is_vectorized,
     locate_tile,
     max_row_tiles,
     tile_candidates,
@@ -159,8 +160,9 @@ def scatter_gemm(
 ) -> None:
     """Launch into out (S, K), contiguous."""
     arguments = (out, intermediate, w2, sorted_slots, expert_offsets, bias, zero_skipped)
-    limits = device_limits(out.device.index)
-    candidates = tile_candidates(out.element_size(), out.size(1), 1, limits)
+    candidates = tile_candidates(
+        out.element_size(), out.size(1), 1, is_vectorized(intermediate, w2), device_limits(out.device.index)
+    )
     chosen = launch_for(choose_tile(candidates, out.size(0), w2.size(0)), *arguments)
     key = (
         "scatter_gemm",

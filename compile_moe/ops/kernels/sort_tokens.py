@@ -16,7 +16,7 @@ from compile_moe.ops.kernels.launch import Launch, launch_all, pointer_key
 SMALL_MAX_SLOTS = 4096
 SMALL_BLOCK = 64
 BLOCK = 256
-CHUNK = 256
+CHUNK = 32
 
 
 @triton.jit
@@ -186,66 +186,72 @@ def _scatter_slots(
             start = running + tl.cumsum(total, 0) - total
             tl.store(expert_offsets_ptr + bucket, start, mask=bucket <= num_experts)
         running += tl.sum(total, 0)
-    # The slots of a block are compared through memory order, not through the lanes that hold them.
-    other_slot = block * BLOCK + tl.arange(0, BLOCK)
-    other = _local_expert(
-        topk_ids_ptr,
-        expert_map_ptr,
-        other_slot,
-        other_slot < num_slots,
-        topk,
-        stride_im,
-        stride_ij,
-        num_global,
-        num_experts,
-        HAS_MAP,
-    )
-    earlier = (other[None, :] == expert[:, None]) & (other_slot[None, :] < slot[:, None])
-    destination += tl.sum((earlier & (other_slot < num_slots)[None, :]).to(tl.int32), 1)
+    for first in range(0, BLOCK, CHUNK):
+        other_slot = block * BLOCK + first + tl.arange(0, CHUNK)
+        other = _local_expert(
+            topk_ids_ptr,
+            expert_map_ptr,
+            other_slot,
+            other_slot < num_slots,
+            topk,
+            stride_im,
+            stride_ij,
+            num_global,
+            num_experts,
+            HAS_MAP,
+        )
+        earlier = (other[None, :] == expert[:, None]) & (other_slot[None, :] < slot[:, None])
+        destination += tl.sum((earlier & (other_slot < num_slots)[None, :]).to(tl.int32), 1)
     tl.store(sorted_slots_ptr + destination, slot, mask=valid)
 
 
-def sort_tokens(
+def launches(
     sorted_slots: Tensor, expert_offsets: Tensor, topk_ids: Tensor, num_experts: int, expert_map: Tensor | None
-) -> None:
-    """Launch the sort into sorted_slots (S,) and expert_offsets (E + 1,), both int32 and contiguous."""
+) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
+    """The launches for few and for many slots."""
     m, topk = topk_ids.shape
     num_slots = m * topk
-    has_map = expert_map is not None
     num_global = expert_map.size(0) if expert_map is not None else num_experts
     # The stride of a dimension of size 1 means nothing, but would select another specialization.
     stride_im = topk_ids.stride(0) if m > 1 else topk
-    if expert_map is not None:
-        expert_map = expert_map.contiguous()
-    ids = (topk_ids, expert_map if expert_map is not None else topk_ids)
+    ids = (topk_ids, topk_ids if expert_map is None else expert_map.contiguous())
     sizes = (topk, stride_im, topk_ids.stride(1), num_global, num_experts)
     num_blocks = max(1, triton.cdiv(num_slots, BLOCK))
     counts = totals = expert_offsets
     if num_slots > SMALL_MAX_SLOTS:
         counts = torch.empty((num_experts + 1, num_blocks), dtype=torch.int32, device=topk_ids.device)
         totals = torch.empty_like(expert_offsets)
-    constants = {"HAS_MAP": has_map, "BLOCK": BLOCK, "CHUNK": CHUNK}
+    constants = {"HAS_MAP": expert_map is not None, "BLOCK": BLOCK, "CHUNK": CHUNK}
     small = Launch(
         _sort_small,
         (triton.cdiv(num_slots, SMALL_BLOCK) + triton.cdiv(num_experts + 1, SMALL_BLOCK),),
         (sorted_slots, expert_offsets, *ids, num_slots, *sizes),
-        {**constants, "BLOCK": SMALL_BLOCK, "num_warps": 4},
+        {**constants, "BLOCK": SMALL_BLOCK, "CHUNK": 128, "num_warps": 8},
     )
     large = (
         Launch(
             _block_histograms,
             (num_blocks,),
             (counts, *ids, num_slots, num_blocks, *sizes),
-            {**constants, "CHUNK": 64, "num_warps": 4},
+            {**constants, "num_warps": 8},
         ),
         Launch(_scan_blocks, (num_experts + 1,), (counts, totals, num_blocks), {"CHUNK": 1024, "num_warps": 4}),
         Launch(
             _scatter_slots,
             (num_blocks,),
             (sorted_slots, expert_offsets, counts, totals, *ids, num_slots, num_blocks, *sizes),
-            {**constants, "CHUNK": 64, "num_warps": 8},
+            {**constants, "num_warps": 8},
         ),
     )
-    key = ("sort_tokens", has_map, sizes, *map(pointer_key, (*ids, sorted_slots, expert_offsets)))
-    chosen = large if num_slots > SMALL_MAX_SLOTS else (small,)
-    launch_all(key, chosen, lambda: (small, *large), topk_ids.device)
+    return (small,), large
+
+
+def sort_tokens(
+    sorted_slots: Tensor, expert_offsets: Tensor, topk_ids: Tensor, num_experts: int, expert_map: Tensor | None
+) -> None:
+    """Launch the sort into sorted_slots (S,) and expert_offsets (E + 1,), both int32 and contiguous."""
+    small, large = launches(sorted_slots, expert_offsets, topk_ids, num_experts, expert_map)
+    constants = (small[0].options["HAS_MAP"], *small[0].args[5:])
+    key = ("sort_tokens", constants, *map(pointer_key, small[0].args[:4]))
+    chosen = large if sorted_slots.size(0) > SMALL_MAX_SLOTS else small
+    launch_all(key, chosen, lambda: small + large, topk_ids.device)

@@ -21,7 +21,10 @@ class Tile(NamedTuple):
 
 
 class DeviceLimits(NamedTuple):
+    """What bounds a tile on a device."""
+
     shared_memory: int  # bytes a program can use
+    async_mma: bool  # tensor cores that read operands from shared memory: sm_90 and sm_100, not sm_80 and sm_120
 
 
 @triton.jit
@@ -71,9 +74,9 @@ def max_row_tiles(num_slots: int, num_groups: int, block_m: int) -> int:
 def device_limits(device_index: int | None) -> DeviceLimits:
     """Limits of a CUDA device; those of an sm_90 device where kernels are interpreted (None)."""
     if device_index is None:
-        return DeviceLimits(shared_memory=232448)
+        return DeviceLimits(shared_memory=232448, async_mma=True)
     properties = torch.cuda.get_device_properties(device_index)
-    return DeviceLimits(shared_memory=properties.shared_memory_per_block_optin)
+    return DeviceLimits(properties.shared_memory_per_block_optin, properties.major in (9, 10))
 
 
 _ROW_TILES = (16, 32, 64, 128)
@@ -81,24 +84,34 @@ _ROW_TILES = (16, 32, 64, 128)
 
 @functools.lru_cache(maxsize=None)
 def tile_candidates(
-    itemsize: int, num_columns: int, num_accumulators: int, limits: DeviceLimits
+    itemsize: int, num_columns: int, num_accumulators: int, vectorized: bool, limits: DeviceLimits
 ) -> tuple[Tile, ...]:
-    """One tile for each row count of ``_ROW_TILES``, within the shared memory of the device.
+    """One tile for each row count of ``_ROW_TILES``, within the registers and the shared memory of the device.
 
     Few rows: an expert's weights are read once, so short, deep tiles that keep many loads in flight. Many rows:
-    tiles whose accumulators fill the register file (128 x 256 float32 over 8 warps).
+    tiles whose accumulators fill the register file (128 x 256 float32 over 8 warps), where the tensor cores leave the
+    operands in shared memory.
+
+    Args:
+        itemsize: bytes of an operand's element.
+        num_columns: columns of one accumulator's matrix; num_accumulators: 2 for gate and up.
+        vectorized: rows of both operands start at multiples of 16 bytes. Elements that are loaded one by one pass
+            through registers, which bounds the tile.
     """
     tiles = []
     for block_m in _ROW_TILES:
         if itemsize == 4:
             # IEEE float32 runs on the ordinary units: what bounds it is registers, not operand traffic.
-            tile = Tile(min(block_m, 64), 64 // num_accumulators, 32, 2, 4)
+            tile = Tile(block_m, 64, 32, 2, 4) if block_m <= 32 else Tile(64, 64, 16, 2, 8)
+        elif not vectorized:
+            tile = Tile(block_m, 64, 64 if block_m <= 32 else 32, 3, 8 if block_m == 128 else 4)
         elif block_m <= 32:
-            tile = Tile(block_m, 64 // num_accumulators, 128, 4, 4)
+            tile = Tile(block_m, 64, 128, 4, 4)
         elif block_m == 64:
-            tile = Tile(block_m, 128 // num_accumulators, 64, 4, 4)
+            tile = Tile(block_m, 128, 64, 4, 4)
         else:
-            tile = Tile(block_m, 256 // num_accumulators, 64, 3, 8)
+            tile = Tile(block_m, 256 if limits.async_mma else 128, 64, 3, 8)
+        tile = tile._replace(block_n=tile.block_n // num_accumulators)
         while _shared_memory(tile, itemsize, num_accumulators) > limits.shared_memory and tile.num_stages > 2:
             tile = tile._replace(num_stages=tile.num_stages - 1)
         while _shared_memory(tile, itemsize, num_accumulators) > limits.shared_memory and tile.block_k > 32:
@@ -107,6 +120,15 @@ def tile_candidates(
         block_n = max(16, min(tile.block_n, triton.next_power_of_2(num_columns)))
         tiles.append(tile._replace(block_n=block_n))
     return tuple(dict.fromkeys(tiles))
+
+
+def is_vectorized(*operands: torch.Tensor) -> bool:
+    """Whether every row of the operands starts at a multiple of 16 bytes; a row is what has stride 1."""
+    return all(
+        stride == 1 or stride * t.element_size() % 16 == 0 or size == 1
+        for t in operands
+        for size, stride in zip(t.shape, t.stride(), strict=True)
+    )
 
 
 def _shared_memory(tile: Tile, itemsize: int, num_accumulators: int) -> int:

@@ -55,7 +55,7 @@ def weight_and_reduce_kernel(
     tl.store(out_ptr + token * num_columns + column, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def weight_and_reduce(
+def launch_for(
     out: Tensor,
     fused_out: Tensor,
     topk_weights: Tensor,
@@ -63,8 +63,7 @@ def weight_and_reduce(
     expert_map: Tensor | None,
     num_experts: int,
     apply_weights: bool,
-) -> None:
-    """Launch into out (M, K), contiguous."""
+) -> Launch:
     m, topk, num_columns = fused_out.shape
     if expert_map is not None:
         expert_map = expert_map.contiguous()
@@ -98,14 +97,20 @@ def weight_and_reduce(
         "BLOCK": BLOCK,
         "num_warps": 4,
     }
-    launch = Launch(weight_and_reduce_kernel, (m, triton.cdiv(num_columns, BLOCK)), args, options)
-    key = (
-        "weight_and_reduce",
-        topk,
-        apply_weights,
-        topk_ids is None,
-        expert_map is None,
-        args[5:],
-        *map(pointer_key, args[:5]),
-    )
+    return Launch(weight_and_reduce_kernel, (m, triton.cdiv(num_columns, BLOCK)), args, options)
+
+
+def weight_and_reduce(
+    out: Tensor,
+    fused_out: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor | None,
+    expert_map: Tensor | None,
+    num_experts: int,
+    apply_weights: bool,
+) -> None:
+    """Launch into out (M, K), contiguous."""
+    launch = launch_for(out, fused_out, topk_weights, topk_ids, expert_map, num_experts, apply_weights)
+    constants = tuple(launch.options[name] for name in ("TOPK", "APPLY_WEIGHTS", "HAS_IDS", "HAS_MAP"))
+    key = ("weight_and_reduce", constants, launch.args[5:], *map(pointer_key, launch.args[:5]))
     launch_all(key, (launch,), lambda: (launch,), out.device)

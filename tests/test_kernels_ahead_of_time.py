@@ -1,0 +1,81 @@
+"""Every kernel variant of real model shapes compiles for every architecture, in its registers and shared memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from compile_moe.ops.epilogue import parse
+from compile_moe.ops.kernels import act_and_mul, gather_gemm, scatter_gemm, sort_tokens, weight_and_reduce
+from compile_moe.ops.kernels.launch import Launch
+from compile_moe.ops.kernels.tiles import DeviceLimits, is_vectorized, tile_candidates
+from compile_moe.ops.named_activations import NAMES, program_text
+from tests.support.aot import CAPABILITIES, SHARED_MEMORY_BUDGET, CompiledKernel, compile_ahead
+
+# (E, topk, K, I), biased and swigluoai where the model is.
+SHAPES = {"qwen3-30b": (128, 8, 2048, 768), "gpt-oss-120b": (128, 4, 2880, 2880), "odd": (7, 2, 77, 51)}
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def compile_launch(launch: Launch, capability: int, spills: int = 0) -> CompiledKernel:
+    options = dict(launch.options)
+    compiler = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+    compiled = compile_ahead(launch.kernel, launch.args, options, capability=capability, **compiler)
+    assert compiled.fits, f"{compiled.shared} bytes of shared memory"
+    assert max(compiled.spill_stores, compiled.spill_loads) <= spills, f"{compiled.registers} registers, spills"
+    return compiled
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gemms(shape: str, dtype: torch.dtype, capability: int) -> None:
+    e, topk, k, i = SHAPES[shape]
+    if dtype is torch.float32 and shape != "odd":
+        pytest.skip("float32 on one shape")
+    biased = shape == "gpt-oss-120b"
+    program = parse(program_text("swigluoai" if biased else "silu"))
+    s = 64 * topk
+    # Where elements are loaded one by one, the assembler trades a few bytes for occupancy.
+    spills = 16 if shape == "odd" else 0
+    limits = DeviceLimits(SHARED_MEMORY_BUDGET[capability], capability in (90, 100))
+    x, w1, w2 = empty(64, k, dtype=dtype), empty(e, 2 * i, k, dtype=dtype), empty(e, k, i, dtype=dtype)
+    slots, offsets = empty(s), empty(e + 1)
+    b1 = empty(e, 2 * i, dtype=dtype) if biased else None
+    b2 = empty(e, k, dtype=dtype) if biased else None
+    for tile in tile_candidates(dtype.itemsize, i, 2, is_vectorized(x, w1), limits):
+        out = empty(s, i, dtype=dtype)
+        body = program.triton_source()
+        launch = gather_gemm.launch_for(tile, out, x, w1, slots, offsets, topk, b1, body, program.layout, False)
+        compiled = compile_launch(launch, capability, spills)
+        if capability == 90 and dtype is torch.bfloat16 and shape != "odd":
+            assert compiled.has_wgmma == (tile.block_m >= 64), tile
+    for tile in tile_candidates(dtype.itemsize, k, 1, is_vectorized(out, w2), limits):
+        launch = scatter_gemm.launch_for(tile, empty(s, k, dtype=dtype), out, w2, slots, offsets, b2, False)
+        compile_launch(launch, capability, spills)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_epilogues(name: str) -> None:
+    program = parse(program_text(name))
+    n = 64 if program.gated else 32
+    out, gate_up = empty(5, 32, dtype=torch.bfloat16), empty(5, n, dtype=torch.bfloat16)
+    compile_launch(act_and_mul.launch_for(out, gate_up, program.triton_source(), program.layout), 90)
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["all-local", "mapped"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_sort_and_finalize(capability: int, mapped: bool) -> None:
+    e, topk, m, k = 128, 8, 600, 2048
+    ids = empty(m, topk, dtype=torch.int64)
+    expert_map = empty(2 * e, dtype=torch.int64) if mapped else None
+    for launches in sort_tokens.launches(empty(m * topk), empty(e + 1), ids, e, expert_map):
+        for launch in launches:
+            compile_launch(launch, capability)
+    fused_out = empty(m, topk, k, dtype=torch.bfloat16)
+    out, weights = empty(m, k, dtype=torch.bfloat16), empty(m, topk, dtype=torch.float32)
+    compile_launch(weight_and_reduce.launch_for(out, fused_out, weights, ids, expert_map, e, True), capability)
