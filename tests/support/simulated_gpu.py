@@ -1,0 +1,85 @@
+"""A Triton driver without a GPU: kernels compile for sm_90 and "load", launches are recorded instead of run.
+
+Shows what launchers do around the kernels: which variants compile and when, and that other token counts, or a graph
+capture, find theirs loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from compile_moe.ops.kernels import launch
+
+
+class SimulatedGPU:
+    """What happened on the device."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []  # kernels whose modules were loaded, by name
+        self.launched: list[str] = []
+        self.capturing = False
+
+
+class _Driver:
+    def __init__(self, gpu: SimulatedGPU) -> None:
+        def load_binary(name: str, *rest: Any) -> tuple[Any, ...]:
+            gpu.loaded.append(name)
+            return object(), 1, 32, 0, 1024
+
+        def launcher(source: Any, metadata: Any) -> Any:
+            def run(*args: Any, **kwargs: Any) -> None:
+                gpu.launched.append(metadata.name)
+
+            return run
+
+        properties = {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
+        self.launcher_cls = launcher
+        self.utils = SimpleNamespace(load_binary=load_binary, get_device_properties=lambda device: properties)
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def simulated_gpu() -> Iterator[SimulatedGPU]:
+    """Launchers take CPU tensors for tensors on ``cuda:0``; every kernel starts unloaded."""
+    gpu = SimulatedGPU()
+    real = launch.launch_all
+
+    def launch_all(key: Any, launches: Any, variants: Any, device: torch.device) -> None:
+        real(key, launches, variants, torch.device("cuda", 0))
+
+    modules = [m for name, m in sys.modules.items() if name.startswith("compile_moe.ops.kernels.")]
+    before = getattr(driver, "_active", None)
+    with contextlib.ExitStack() as patches:
+        for module in modules:
+            if getattr(module, "launch_all", None) is real and module is not launch:
+                patches.enter_context(mock.patch.object(module, "launch_all", launch_all))
+        patches.enter_context(mock.patch.object(launch, "_device_guard", lambda device: contextlib.nullcontext()))
+        patches.enter_context(mock.patch.object(launch, "_loaded", set()))
+        patches.enter_context(
+            mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing)
+        )
+        driver.set_active(_Driver(gpu))
+        try:
+            yield gpu
+        finally:
+            driver._active = before

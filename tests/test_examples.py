@@ -1,0 +1,70 @@
+"""Each example runs by itself and prints what it says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+
+#: A line that each example prints.
+LINES = {
+    "compiled_function": r"compiled 1 time(s) on",
+    "cuda_graph_capture": (
+        "replay 2: equal to the eager result"
+        if torch.cuda.is_available()
+        else "no CUDA device here: nothing to capture"
+    ),
+    "own_activation": "an overridden method: as computed token by token",
+    "own_prepare_finalize_and_experts": "PaddedTokens with DenseExperts, compiled: equal to fused_experts",
+    "opcheck_in_your_tests": "compile_moe::fused_moe: test_schema",
+}
+#: Examples whose tests lie elsewhere.
+ELSEWHERE = {"hugging_face_model"}
+
+
+def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """In another directory: an example must not count on the repository's."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_every_example_is_run() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} - ELSEWHERE == set(LINES)
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_example(name: str, tmp_path: Path) -> None:
+    done = run(str(EXAMPLES / f"{name}.py"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert LINES[name] in done.stdout
+
+
+def test_opcheck_example_under_pytest(tmp_path: Path) -> None:
+    done = run(
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-c", os.devnull),
+        f"--rootdir={tmp_path}",
+        str(EXAMPLES / "opcheck_in_your_tests.py"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+
+
+def test_importing_an_example_runs_nothing(tmp_path: Path) -> None:
+    uses = "; ".join(f"import {name}; {name}.main" for name in LINES)
+    done = run("-c", f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); {uses}", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr

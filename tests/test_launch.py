@@ -1,0 +1,78 @@
+"""Launchers on a simulated GPU: all variants load at the first call; nothing compiles later, or inside a capture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from compile_moe.ops import act_and_mul, gather_gemm, scatter_gemm, sort_tokens, weight_and_reduce
+from compile_moe.ops.named_activations import program_text
+from tests.support.launchers import launch
+from tests.support.oracle import Layer, make_layer
+from tests.support.simulated_gpu import simulated_gpu
+
+SHAPE: dict[str, Any] = {"K": 64, "I": 32, "E": 4, "topk": 2, "dtype": torch.bfloat16}
+
+
+def launch_layer(layer: Layer) -> None:
+    """Every launch of a layer; results are not computed."""
+    x, w1, w2, weights, ids = layer.args
+    m, topk = ids.shape
+    slots, offsets = launch(sort_tokens, ids, w1.size(0), layer.expert_map)
+    rows = launch(gather_gemm, x, w1, slots, offsets, topk, layer.w1_bias, program_text("silu"))
+    out = launch(scatter_gemm, rows, w2, slots, offsets, m, topk, layer.w2_bias)
+    launch(weight_and_reduce, out, weights, ids, layer.expert_map, w1.size(0))
+
+
+@pytest.mark.parametrize("first", [1, 7, 3000])
+@pytest.mark.parametrize("options", [{}, {"mapped": True, "biased": True, "transposed": True}], ids=str)
+def test_other_token_counts_compile_nothing(first: int, options: dict[str, Any]) -> None:
+    base = make_layer(M=first, **SHAPE, **options)
+    with simulated_gpu() as gpu:
+        launch_layer(base)
+        loaded = list(gpu.loaded)
+        assert len(set(loaded)) >= 5
+        gpu.capturing = True
+        for m in (1, 2, 5, 8, 16, 17, 64, 256, 1000, 2048, 2049, 6000):
+            other = make_layer(M=m, **SHAPE, **options)
+            other.w1, other.w2 = base.w1, base.w2
+            launch_layer(other)
+            assert gpu.loaded == loaded, f"M = {m} loaded another variant"
+
+
+def test_number_of_launches() -> None:
+    with simulated_gpu() as gpu:
+        launch_layer(make_layer(M=5, **SHAPE))
+        assert gpu.launched == [
+            "_sort_small",
+            "gather_gemm_kernel",
+            "scatter_gemm_kernel",
+            "weight_and_reduce_kernel",
+        ]
+        gpu.launched.clear()
+        launch_layer(make_layer(M=4000, **SHAPE))
+        assert gpu.launched[:3] == ["_block_histograms", "_scan_blocks", "_scatter_slots"]
+
+
+def test_no_tokens_launch_no_gemm() -> None:
+    with simulated_gpu() as gpu:
+        launch_layer(make_layer(M=0, **SHAPE))
+        assert gpu.launched == ["_sort_small"], "the offsets must still be written"
+
+
+def test_first_call_inside_a_capture_raises() -> None:
+    gate_up = torch.randn(3, 64)
+    with simulated_gpu() as gpu:
+        gpu.capturing = True
+        with pytest.raises(RuntimeError, match=r"act_and_mul .* before capturing.* compile_moe\.warm_up"):
+            launch(act_and_mul, gate_up, program_text("silu"))
+        assert gpu.loaded == gpu.launched == []
+        gpu.capturing = False
+        launch(act_and_mul, gate_up, program_text("silu"))
+        gpu.capturing = True
+        launch(act_and_mul, gate_up, program_text("silu"))
+        assert gpu.launched == ["act_and_mul_kernel"] * 2
+        with pytest.raises(RuntimeError, match="act_and_mul"):
+            launch(act_and_mul, gate_up, program_text("gelu"))
