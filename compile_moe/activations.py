@@ -15,6 +15,7 @@ from torch import Tensor
 from compile_moe.activation_tracing import trace, trace_cached
 from compile_moe.graph_constants import constant_in_graphs
 from compile_moe.ops.named_activations import program_text
+from compile_moe.ops.problem_size import require, require_type, shape
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def _named(name: str, alpha: float | None, limit: float | None, interleaved: boo
 
 @constant_in_graphs
 def _traced_in_graph(function: Any, owner_id: int, num_columns: int) -> tuple[str, str]:
-    owner = ctypes.cast(owner_id, ctypes.py_object).value if owner_id else None
+    owner: Any = ctypes.cast(owner_id, ctypes.py_object).value if owner_id else None
     if function is None:
         return trace(owner, None, num_columns)
     return trace(function, owner, num_columns)
@@ -95,15 +96,16 @@ def resolve_activation(activation: ActivationLike, num_columns: int, like: Tenso
             f"activation must be a name, a compile_moe.Activation or a callable, got {type(activation).__name__}"
         )
     is_method = isinstance(activation, types.MethodType)
-    function = activation.__func__ if is_method else activation  # type: ignore[union-attr]
-    owner = activation.__self__ if is_method else None  # type: ignore[union-attr]
+    function, owner = activation, None
+    if isinstance(activation, types.MethodType):
+        function, owner = activation.__func__, activation.__self__
     if not torch.compiler.is_compiling():
         text, reason = trace_cached(function, owner, num_columns)
     else:
         # A dead call, for its guards: when something that the callable captured changes, dynamo traces anew.
         activation(like.new_empty((1, num_columns)))
-        # Dynamo hands functions over as constants, but not other objects: these go by their addresses, which are those of
-        # live objects while dynamo traces a call that has them.
+        # Dynamo hands functions over as constants, but not other objects: these go by their addresses, which are
+        # those of live objects while dynamo traces a call that has them.
         if is_method:
             text, reason = _traced_in_graph(function, id(owner), num_columns)
         elif isinstance(activation, _FUNCTIONS):
@@ -111,3 +113,23 @@ def resolve_activation(activation: ActivationLike, num_columns: int, like: Tenso
         else:
             text, reason = _traced_in_graph(None, id(activation), num_columns)
     return ResolvedActivation(text, None if text else activation, reason)
+
+
+def call_activation(function: Callable[[Tensor], Tensor], gate_up: Tensor, num_columns: int) -> Tensor:
+    """Run an activation that could not be fused: (S, N) -> (S, num_columns), in gate_up's dtype.
+
+    Raises:
+        TypeError, ValueError: if it returns anything else.
+    """
+    result = function(gate_up)
+    require_type(
+        isinstance(result, Tensor), lambda: f"activation must return a tensor, got {type(result).__name__}"
+    )
+    require(
+        result.dim() == 2 and result.size(1) == num_columns and result.size(0) == gate_up.size(0),
+        lambda: (
+            f"activation must return (S, I) = {(gate_up.size(0), num_columns)} for gate_up {shape(gate_up)}, "
+            f"got {shape(result)}"
+        ),
+    )
+    return result.to(gate_up.dtype)

@@ -8,7 +8,7 @@ from compile_moe.activations import ActivationLike, resolve_activation
 from compile_moe.experts import TritonExperts
 from compile_moe.modular_kernel import FusedMoEModularKernel
 from compile_moe.ops.fused_moe import fused_moe, fused_moe_
-from compile_moe.ops.problem_size import require, shape
+from compile_moe.ops.problem_size import require, require_tensors, shape
 from compile_moe.prepare_finalize import MoEPrepareAndFinalizeNoEP
 from compile_moe.unsupported import refuse_quant_config
 
@@ -63,6 +63,7 @@ def fused_experts(
         torch.Size([5, 16])
     """
     refuse_quant_config(quant_config)
+    require_tensors(hidden_states=hidden_states, w1=w1, w2=w2, topk_weights=topk_weights, topk_ids=topk_ids)
     require(w1.dim() == 3, lambda: f"w1 must be (E, N, K), got {shape(w1)}")
     resolved = resolve_activation(activation, int(w1.size(1)), hidden_states)
     if resolved.function is not None:
@@ -85,7 +86,7 @@ def fused_experts(
         w2,
         topk_weights,
         topk_ids,
-        resolved.epilogue,
+        activation if isinstance(activation, str) else resolved.epilogue,
         global_num_experts,
         expert_map,
         apply_router_weight_on_input,

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compile_moe.activations import ActivationLike, resolve_activation
+from compile_moe.activations import ActivationLike, call_activation, resolve_activation
 from compile_moe.ops import _moe_problem_size, act_and_mul
 from compile_moe.ops.fused_moe import check_layer
-from compile_moe.ops.problem_size import shape
+from compile_moe.ops.problem_size import require, require_tensors, shape
 
 __all__ = [
     "FusedMoEModularKernel",
@@ -30,7 +30,8 @@ __all__ = [
 class PrepareResult(NamedTuple):
     """What ``prepare`` may return instead of the published 3-tuple.
 
-    topk_ids and topk_weights are those of the dispatched rows, where dispatch changed them (None: as given).
+    topk_ids and topk_weights are those of the dispatched rows, where dispatch changed them (None: as given): the
+    experts and a ``reduce`` see these, a published ``finalize`` the layer's own.
     """
 
     hidden_states: Tensor
@@ -45,13 +46,9 @@ class FusedMoEPrepareAndFinalize(ABC):
 
     #: Functional form of ``finalize``: (fused_expert_output, topk_weights, topk_ids, expert_map, num_experts,
     #: apply_router_weight_on_input) -> (M, K), ignoring slots that topk_ids and expert_map skip (topk_ids None: no
-    #: slot). The kernel prefers it. A subclass that overrides ``finalize`` alone loses it.
+    #: slot). The kernel uses it where ``finalize`` is the very function that it names as its counterpart.
     reduce: Callable[..., Tensor] | None = None
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "finalize" in cls.__dict__ and "reduce" not in cls.__dict__:
-            cls.reduce = None
+    reduce_counterpart: Callable[..., None] | None = None
 
     @abstractmethod
     def prepare(
@@ -105,17 +102,16 @@ class FusedMoEPermuteExpertsUnpermute(ABC):
     """Middle step of the layer: permute tokens to experts, both expert GEMMs with the activation, unpermute."""
 
     #: ``apply``, but it may leave slots that nobody computed unwritten, for a ``reduce`` that ignores them; it
-    #: allocates what it needs, and gets empty workspaces. A subclass that overrides ``apply`` alone loses it.
+    #: allocates what it needs, and gets empty workspaces. The kernel uses it where ``apply`` is the very function
+    #: that it names as its counterpart.
     apply_unfilled: Callable[..., Tensor] | None = None
-    #: True once a subclass overrides ``activation``: the experts must then call it between the GEMMs.
-    overrides_activation: bool = False
+    apply_unfilled_counterpart: Callable[..., Tensor] | None = None
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "apply" in cls.__dict__ and "apply_unfilled" not in cls.__dict__:
-            cls.apply_unfilled = None
-        if "activation" in cls.__dict__:
-            cls.overrides_activation = True
+    @property
+    def overrides_activation(self) -> bool:
+        """Whether ``activation`` is somebody else's: the experts must then call it between the GEMMs."""
+        base = FusedMoEPermuteExpertsUnpermute.activation
+        return getattr(self.activation, "__func__", None) is not base
 
     @abstractmethod
     def workspace_shapes(
@@ -135,9 +131,10 @@ class FusedMoEPermuteExpertsUnpermute(ABC):
             ValueError: unknown activation, or an output of another shape.
         """
         resolved = resolve_activation(activation, int(input.size(-1)), input)
-        result = (
-            act_and_mul(input, resolved.epilogue) if resolved.function is None else resolved.function(input)
-        )
+        if resolved.function is None:
+            result = act_and_mul(input, resolved.epilogue)
+        else:
+            result = call_activation(resolved.function, input, int(output.size(-1)))
         if result.shape != output.shape:
             raise ValueError(
                 f"activation of {shape(input)} gives {shape(result)}, but output is {shape(output)}"
@@ -245,6 +242,9 @@ class FusedMoEModularKernel(torch.nn.Module):
         Raises:
             ValueError, TypeError: arguments that don't fit together.
         """
+        require_tensors(
+            hidden_states=hidden_states, w1=w1, w2=w2, topk_weights=topk_weights, topk_ids=topk_ids
+        )
         check_layer(
             hidden_states,
             w1,
@@ -259,21 +259,24 @@ class FusedMoEModularKernel(torch.nn.Module):
         if global_num_experts == -1:
             global_num_experts = E if expert_map is None else expert_map.size(0)
         experts, parts = self.fused_experts, self.prepare_finalize
+        # Overridden on a subclass, a mixin or an instance: then the shortcut doesn't speak for it.
+        has_unfilled = _is_method(experts.apply, type(experts).apply_unfilled_counterpart)
+        has_reduce = _is_method(parts.finalize, type(parts).reduce_counterpart)
 
         # As published, buffers exist before prepare, and hold zeros.
         output = None
-        if parts.reduce is None:
+        if not has_reduce:
             output = hidden_states if inplace else torch.zeros_like(hidden_states)
         size13, size2, workspace_dtype = 0, 0, hidden_states.dtype
-        if experts.apply_unfilled is None:
+        if not has_unfilled:
             size13, size2, workspace_dtype = experts.workspace_shapes(
                 hidden_states, M, N, K, topk, global_num_experts
             )
         workspace13 = hidden_states.new_zeros(size13, dtype=workspace_dtype)
         workspace2 = hidden_states.new_zeros(size2, dtype=workspace_dtype)
 
-        prepared = PrepareResult(
-            *parts.prepare(
+        a1q, a1q_scale, expert_num_tokens, ids, weights = _prepare_result(
+            parts.prepare(
                 hidden_states,
                 a1_scale,
                 a2_scale,
@@ -282,15 +285,17 @@ class FusedMoEModularKernel(torch.nn.Module):
                 global_num_experts,
                 expert_map,
                 apply_router_weight_on_input,
-            )
+            ),
+            topk_ids,
+            topk_weights,
         )
-        unfilled = experts.apply_unfilled is not None and parts.reduce is not None
+        unfilled = has_unfilled and has_reduce
         apply = experts.apply_unfilled if unfilled else experts.apply
         fused_out = apply(  # type: ignore[misc]
-            prepared.hidden_states,
+            a1q,
             w1,
             w2,
-            topk_ids if prepared.topk_ids is None else prepared.topk_ids,
+            ids,
             activation=activation,
             global_num_experts=global_num_experts,
             expert_map=expert_map,
@@ -298,15 +303,47 @@ class FusedMoEModularKernel(torch.nn.Module):
             w2_scale=w2_scale,
             w1_zp=w1_zp,
             w2_zp=w2_zp,
-            a1q_scale=prepared.scale,
+            a1q_scale=a1q_scale,
             a2_scale=a2_scale,
             workspace13=workspace13,
             workspace2=workspace2,
-            expert_num_tokens=prepared.expert_num_tokens,
+            expert_num_tokens=expert_num_tokens,
         )
         if output is not None:
             parts.finalize(output, fused_out, topk_weights, topk_ids, apply_router_weight_on_input)
             return output
-        mask = (topk_ids, expert_map, E) if unfilled else (None, None, -1)
-        result = parts.reduce(fused_out, topk_weights, *mask, apply_router_weight_on_input)  # type: ignore[misc]
+        mask = (ids, expert_map, E) if unfilled else (None, None, -1)
+        if not unfilled:
+            expected = (ids.size(0), topk, K)
+            require(
+                tuple(fused_out.shape) == expected,
+                lambda: f"apply must return (M, topk, K) = {expected}, got {shape(fused_out)}",
+            )
+            fused_out = fused_out.to(hidden_states.dtype)
+        result = parts.reduce(  # type: ignore[misc]
+            fused_out, weights, *mask, apply_router_weight_on_input
+        )
         return hidden_states.copy_(result) if inplace else result
+
+
+def _is_method(method: Callable[..., Any], function: Callable[..., Any] | None) -> bool:
+    """Whether a bound method is that of ``function``."""
+    return function is not None and getattr(method, "__func__", None) is function
+
+
+def _prepare_result(
+    returned: Any, topk_ids: Tensor, topk_weights: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
+    """What ``prepare`` returned, with the layer's ids and weights where it gave none."""
+    if not isinstance(returned, tuple) or len(returned) not in (3, 5) or not isinstance(returned[0], Tensor):
+        given = f"a tuple of {len(returned)}" if isinstance(returned, tuple) else type(returned).__name__
+        raise TypeError(
+            "prepare must return (hidden_states, scale, expert_num_tokens) or a compile_moe.PrepareResult, "
+            f"got {given}"
+        )
+    result = PrepareResult(*returned)
+    return (
+        *result[:3],
+        topk_ids if result.topk_ids is None else result.topk_ids,
+        topk_weights if result.topk_weights is None else result.topk_weights,
+    )

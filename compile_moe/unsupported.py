@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def refuse_scales(class_name: str, **scales: Tensor | None) -> None:
+def refuse_scales(class_name: str, kind: str, **scales: Tensor | None) -> None:
     """Raise ValueError naming the scales and zero points that were given."""
     given = [name for name, value in scales.items() if value is not None]
     if given:
         raise ValueError(
-            f"{class_name} runs unquantized layers and takes no {', '.join(given)}; pass None, or use an experts "
-            "class that handles the quantization"
+            f"{class_name} runs unquantized layers and takes no {', '.join(given)}; pass None, or use "
+            f"{kind} that handles the quantization"
         )
 
 

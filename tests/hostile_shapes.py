@@ -17,7 +17,12 @@ from compile_moe.ops import act_and_mul
 from compile_moe.ops.named_activations import program_text
 from tests.support.oracle import CASES, assert_as_accurate, make_layer
 
-SIZES = ({}, {"M": 1, "K": 1, "I": 1}, {"M": 33, "K": 65, "I": 17}, {"M": 700, "K": 129, "I": 31, "E": 9, "topk": 7})
+SIZES = (
+    {},
+    {"M": 1, "K": 1, "I": 1},
+    {"M": 33, "K": 65, "I": 17},
+    {"M": 700, "K": 129, "I": 31, "E": 9, "topk": 7},
+)
 
 
 def main() -> int:
@@ -26,7 +31,9 @@ def main() -> int:
         return 2
     count = 0
     for (name, case), dtype in itertools.product(CASES.items(), (torch.bfloat16, torch.float32)):
-        for size in SIZES if name in ("plain", "transposed", "biased", "mapped", "skipped", "strided") else ({},):
+        for size in (
+            SIZES if name in ("plain", "transposed", "biased", "mapped", "skipped", "strided") else ({},)
+        ):
             layer = make_layer(**{**case, **size}, dtype=dtype, device="cuda")
             assert_as_accurate(compile_moe.fused_experts(*layer.args, **layer.options), layer)
             count += 1

@@ -21,8 +21,6 @@ from tests.support.oracle import make_layer
 Change = tuple[str, int, Callable[[Any], Any], type[Exception], str]
 
 BF16 = torch.bfloat16
-UNCHECKED = "grouped_linear checks neither dtype and device of expert_offsets nor the shape of bias"
-RANK = "the weight's strides are looked at before its rank"
 
 # M = 9, K = 48, I = 40, N = 80, E = 5 of 10, topk = 2
 # fmt: off
@@ -123,25 +121,12 @@ CHANGES: dict[str, list[Change]] = {
     ],
 }
 # fmt: on
-XFAILS = {
-    ("gather_gemm", "w-2d"): RANK,
-    ("scatter_gemm", "w-2d"): RANK,
-    ("grouped_linear", "offsets-float"): UNCHECKED,
-    ("grouped_linear", "offsets-elsewhere"): UNCHECKED,
-    ("grouped_linear", "bias-narrow"): UNCHECKED,
-    ("grouped_linear", "bias-broadcast"): UNCHECKED,
-}
-
-
 def cases() -> list[Any]:
     return [
         pytest.param(
             stage,
             change,
             id=f"{stage}-{change[0]}",
-            marks=[pytest.mark.xfail(strict=True, reason=XFAILS[stage, change[0]])]
-            if (stage, change[0]) in XFAILS
-            else [],
         )
         for stage, changes in CHANGES.items()
         for change in changes

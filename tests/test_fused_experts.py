@@ -72,7 +72,11 @@ PARAMETERS: dict[str, tuple[compile_moe.Activation, Any]] = {
     ),
     "silu-alpha-limit": (
         compile_moe.Activation("silu", alpha=1.5, limit=0.7),
-        lambda x: (g := x.chunk(2, -1)[0].clamp(max=0.7)) * torch.sigmoid(1.5 * g) * x.chunk(2, -1)[1].clamp(-0.7, 0.7),
+        lambda x: (
+            (g := x.chunk(2, -1)[0].clamp(max=0.7))
+            * torch.sigmoid(1.5 * g)
+            * x.chunk(2, -1)[1].clamp(-0.7, 0.7)
+        ),
     ),
 }
 
@@ -93,7 +97,9 @@ CALLABLES: dict[str, Any] = {
 @pytest.mark.parametrize("experts", ["fused_experts", "TritonExperts", "TorchExperts"])
 @pytest.mark.parametrize("name", CALLABLES)
 def test_callable(name: str, experts: str, device: str) -> None:
-    layer = make_layer(M=17, activation=CALLABLES[name], function=CALLABLES[name], device=device, skipped=True)
+    layer = make_layer(
+        M=17, activation=CALLABLES[name], function=CALLABLES[name], device=device, skipped=True
+    )
     assert_as_accurate(run(layer, experts), layer)
 
 

@@ -108,17 +108,14 @@ def from_closure(holder: Clamp) -> Callable[[Tensor], Tensor]:
     return lambda gate_up: Clamp.__call__(holder, gate_up)
 
 
-STALE = pytest.mark.xfail(strict=True, reason="an epilogue traced once is kept although its object changed")
-
-
 @pytest.mark.parametrize(
     ("compiled", "kind"),
     [
         ("eager", "bound-method"),
         ("compiled", "bound-method"),
-        pytest.param("eager", "object", marks=STALE),
+        ("eager", "object"),
         ("compiled", "object"),
-        pytest.param("eager", "object-in-closure", marks=STALE),
+        ("eager", "object-in-closure"),
         ("compiled", "object-in-closure"),
     ],
 )

@@ -97,7 +97,9 @@ class TestBlock(expecttest.TestCase):
         """Nothing of the layer adds a copy, a clone, a fill or a cast: what isn't listed here isn't there."""
         with torch.no_grad():
             generated = generated_kernels(moe_block, block_arguments, [(0, 0)])
-        self.assertExpectedInline("\n".join(describe(generated)), """\
+        self.assertExpectedInline(
+            "\n".join(describe(generated)),
+            """\
 triton
 triton
 triton
@@ -106,14 +108,18 @@ extern_kernels.mm
 torch.ops.aten.topk.default
 torch.ops.compile_moe.sort_tokens.default
 torch.ops.compile_moe.gather_gemm.default
-torch.ops.compile_moe.scatter_gemm.default""")
+torch.ops.compile_moe.scatter_gemm.default""",
+        )
 
 
 def describe(generated: Any) -> list[str]:
     """Generated kernels, named by what of the library is in them (the rest of a name varies with torch); calls."""
     ours = ("act_and_mul", "weight_and_reduce")
     return [
-        *(" ".join(["triton", *(name for name in ours if name in kernel)]) for kernel in generated.triton_kernels),
+        *(
+            " ".join(["triton", *(name for name in ours if name in kernel)])
+            for kernel in generated.triton_kernels
+        ),
         *generated.extern_calls,
     ]
 

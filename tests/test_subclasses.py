@@ -62,11 +62,6 @@ def patched_instance() -> TritonExperts:
     return experts
 
 
-BYPASSED = pytest.mark.xfail(
-    strict=True, reason="only a method in the body of a subclass of the interface counts as overridden"
-)
-
-
 @pytest.mark.parametrize("backend", [None, "aot_eager"], ids=["eager", "compiled"])
 @pytest.mark.parametrize(
     "make",
@@ -74,9 +69,9 @@ BYPASSED = pytest.mark.xfail(
         TritonSubclass,
         TorchSubclass,
         SubSubclass,
-        pytest.param(TritonMixin, marks=BYPASSED),
-        pytest.param(patched_class, marks=BYPASSED),
-        pytest.param(patched_instance, marks=BYPASSED),
+        TritonMixin,
+        patched_class,
+        patched_instance,
     ],
 )
 def test_own_activation_method(make: Callable[[], TritonExperts], backend: str | None, device: str) -> None:
@@ -182,7 +177,6 @@ class OwnApply:
         return hidden_states.new_ones((*topk_ids.shape, w2.size(1)))
 
 
-@pytest.mark.xfail(strict=True, reason="a finalize or apply that a mixin brings is bypassed")
 @pytest.mark.parametrize("which", ["finalize", "apply"])
 def test_methods_of_a_mixin_are_called(which: str, device: str) -> None:
     layer = make_layer(device=device)
@@ -227,12 +221,7 @@ class Dropping(MoEPrepareAndFinalizeNoEP):
     "experts",
     [
         TritonExperts,
-        pytest.param(
-            Unfilling,
-            marks=pytest.mark.xfail(
-                strict=True, reason="the reduction masks by the layer's topk_ids, not by the dispatched ones"
-            ),
-        ),
+        Unfilling,
     ],
 )
 def test_slots_dropped_by_prepare_are_masked(experts: type[Any], device: str, poison_empty: None) -> None:

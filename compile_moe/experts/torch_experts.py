@@ -5,18 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compile_moe.activations import ActivationLike, resolve_activation
+from compile_moe.activations import ActivationLike, call_activation, resolve_activation
 from compile_moe.experts.unquantized import UnquantizedExperts
 from compile_moe.graph_constants import constant_in_graphs
-from compile_moe.ops.epilogue import evaluate_steps, parse
+from compile_moe.ops.epilogue import ProgramTuples, evaluate_steps, parse
 from compile_moe.ops.fused_moe import check_intermediate
 from compile_moe.ops.grouped_linear import grouped_linear
-from compile_moe.ops.problem_size import require, shape
-from compile_moe.ops.sort_tokens import sort_tokens_torch
+from compile_moe.ops.sort_tokens import sort_tokens, sort_tokens_torch
 
 
 @constant_in_graphs
-def _program(epilogue: str) -> tuple[object, ...]:
+def _program(epilogue: str) -> ProgramTuples:
     return parse(epilogue).as_tuples()
 
 
@@ -37,28 +36,22 @@ class TorchExperts(UnquantizedExperts):
         zero_skipped: bool,
     ) -> Tensor:
         m, topk = topk_ids.shape
-        slots, offsets = sort_tokens_torch(topk_ids, w1.size(0), expert_map)
+        # On CPU the op is the same PyTorch, with a check of the ids' values.
+        sort = sort_tokens if topk_ids.device.type == "cpu" else sort_tokens_torch
+        slots, offsets = sort(topk_ids, w1.size(0), expert_map)
         rows = slots.long()
         gate_up = grouped_linear(hidden_states[rows // topk], w1, offsets, self.w1_bias)
-        expected = (gate_up.size(0), w2.size(2))
         if self.overrides_activation:
-            intermediate = gate_up.new_zeros(expected)
+            intermediate = gate_up.new_zeros((gate_up.size(0), w2.size(2)))
             self.activation(activation, intermediate, gate_up)
         else:
             epilogue, function, _ = resolve_activation(activation, int(w1.size(1)), hidden_states)
             if function is None:
-                check_intermediate(w1, w2, not epilogue.startswith("ungated"))
-                intermediate = evaluate_steps(*_program(epilogue), gate_up)  # type: ignore[arg-type]
+                check_intermediate(w1, w2, activation, not epilogue.startswith("ungated"))
+                intermediate = evaluate_steps(*_program(epilogue), gate_up)
             else:
-                intermediate = function(gate_up)
-            require(
-                tuple(intermediate.shape) == expected,
-                lambda: (
-                    f"activation must return (S, I) = {expected} for gate_up {shape(gate_up)}, "
-                    f"got {shape(intermediate)}"
-                ),
-            )
-        expert_rows = grouped_linear(intermediate.to(gate_up.dtype), w2, offsets, self.w2_bias)
+                intermediate = call_activation(function, gate_up, w2.size(2))
+        expert_rows = grouped_linear(intermediate, w2, offsets, self.w2_bias)
         # Rows of skipped slots are zeros already.
         out = torch.zeros_like(expert_rows).index_copy(0, rows, expert_rows)
         return out.view(m, topk, w2.size(1))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from compile_moe.activations import ActivationLike, resolve_activation
+from compile_moe.activations import ActivationLike, call_activation, resolve_activation
 from compile_moe.experts.unquantized import UnquantizedExperts
 from compile_moe.ops.fused_moe import check_intermediate, run_experts
 from compile_moe.ops.gather_gemm import gather_gemm
-from compile_moe.ops.problem_size import require, shape
 from compile_moe.ops.scatter_gemm import scatter_gemm
 from compile_moe.ops.sort_tokens import sort_tokens
 
@@ -34,7 +33,7 @@ class TritonExperts(UnquantizedExperts):
         if not self.overrides_activation:
             epilogue, function, _ = resolve_activation(activation, int(w1.size(1)), hidden_states)
             if function is None:
-                check_intermediate(w1, w2, not epilogue.startswith("ungated"))
+                check_intermediate(w1, w2, activation, not epilogue.startswith("ungated"))
                 return run_experts(
                     hidden_states,
                     w1,
@@ -50,19 +49,9 @@ class TritonExperts(UnquantizedExperts):
         slots, offsets = sort_tokens(topk_ids, w1.size(0), expert_map)
         # The caller's code may read every row, also those of skipped slots.
         gate_up = gather_gemm(hidden_states, w1, slots, offsets, topk, self.w1_bias, "", True)
-        expected = (gate_up.size(0), w2.size(2))
         if function is None:
-            intermediate = gate_up.new_zeros(expected)
+            intermediate = gate_up.new_zeros((gate_up.size(0), w2.size(2)))
             self.activation(activation, intermediate, gate_up)
         else:
-            intermediate = function(gate_up)
-            require(
-                tuple(intermediate.shape) == expected,
-                lambda: (
-                    f"activation must return (S, I) = {expected} for gate_up {shape(gate_up)}, "
-                    f"got {shape(intermediate)}"
-                ),
-            )
-        return scatter_gemm(
-            intermediate.to(gate_up.dtype), w2, slots, offsets, m, topk, self.w2_bias, zero_skipped
-        )
+            intermediate = call_activation(function, gate_up, w2.size(2))
+        return scatter_gemm(intermediate, w2, slots, offsets, m, topk, self.w2_bias, zero_skipped)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compile_moe.activations import ActivationLike
 from compile_moe.modular_kernel import FusedMoEPermuteExpertsUnpermute
+from compile_moe.ops.fused_moe import check_biases
 from compile_moe.ops.problem_size import require, shape
 from compile_moe.unsupported import refuse_quant_config, refuse_scales
 
@@ -70,6 +71,8 @@ class UnquantizedExperts(FusedMoEPermuteExpertsUnpermute):
         """Expert outputs (M, topk, K) in freshly allocated memory; zeros in slots that nobody computes."""
         self._check(
             hidden_states,
+            w1,
+            w2,
             expert_num_tokens,
             w1_scale=w1_scale,
             w2_scale=w2_scale,
@@ -80,7 +83,7 @@ class UnquantizedExperts(FusedMoEPermuteExpertsUnpermute):
         )
         return self.compute(hidden_states, w1, w2, topk_ids, activation, expert_map, True)
 
-    def apply_unfilled(  # type: ignore[override]
+    def apply_unfilled(
         self,
         hidden_states: Tensor,
         w1: Tensor,
@@ -102,6 +105,8 @@ class UnquantizedExperts(FusedMoEPermuteExpertsUnpermute):
         """``apply``, leaving slots that nobody computes unwritten."""
         self._check(
             hidden_states,
+            w1,
+            w2,
             expert_num_tokens,
             w1_scale=w1_scale,
             w2_scale=w2_scale,
@@ -112,9 +117,18 @@ class UnquantizedExperts(FusedMoEPermuteExpertsUnpermute):
         )
         return self.compute(hidden_states, w1, w2, topk_ids, activation, expert_map, False)
 
-    def _check(self, hidden_states: Tensor, expert_num_tokens: Tensor | None, **scales: Tensor | None) -> None:
+    apply_unfilled_counterpart = apply
+
+    def _check(
+        self,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        expert_num_tokens: Tensor | None,
+        **scales: Tensor | None,
+    ) -> None:
         name = type(self).__name__
-        refuse_scales(name, **scales)
+        refuse_scales(name, "an experts class", **scales)
         require(
             hidden_states.dim() == 2 and expert_num_tokens is None,
             lambda: (
@@ -122,3 +136,4 @@ class UnquantizedExperts(FusedMoEPermuteExpertsUnpermute):
                 "format (E, max_num_tokens, K) needs an experts class for it"
             ),
         )
+        check_biases(w1, w2, self.w1_bias, self.w2_bias)

@@ -14,9 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from compile_moe.experts import TritonExperts
 from compile_moe.fused_experts import fused_experts
+from compile_moe.modular_kernel import FusedMoEModularKernel
+from compile_moe.prepare_finalize import MoEPrepareAndFinalizeNoEP
 
 #: What to give as ``experts_implementation``.
 NAME = "compile_moe"
@@ -44,14 +47,13 @@ def register() -> None:
         interface.register(NAME, forward)
 
 
-def experts_forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Forward of an experts module; transformers calls it in place of the module's own.
 
     Args:
         self: the module. Attributes read: has_gate, has_bias, is_transposed, gate_up_proj or up_proj, down_proj, their
-            biases, and as the activation ``_apply_gate`` (which knows the layout of gate and up) or ``act_fn``.
+            biases, as the activation ``_apply_gate`` (which knows the layout of gate and up) or ``act_fn``, and, where
+            has_post_expert_norm is set, post_expert_norm.
         hidden_states: (M, K), floating point.
         top_k_index: (M, topk), int32 or int64. The id num_experts skips its slot.
         top_k_weights: (M, topk), floating point.
@@ -69,21 +71,29 @@ def experts_forward(
     w2_bias = _weight(self, "down_proj_bias") if self.has_bias else None
     if self.is_transposed:
         w1, w2 = w1.transpose(1, 2), w2.transpose(1, 2)
-    result = fused_experts(
-        # A norm that keeps float32 hands over more precision than the weights have.
-        hidden_states.to(w1.dtype),
-        w1,
-        w2,
-        top_k_weights,
-        top_k_index,
-        activation=self._apply_gate if self.has_gate else self.act_fn,
-        w1_bias=w1_bias,
-        w2_bias=w2_bias,
-    )
+    activation = self._apply_gate if self.has_gate else self.act_fn
+    # A norm that keeps float32 hands over more precision than the weights have.
+    given = hidden_states.to(w1.dtype), w1, w2, top_k_weights, top_k_index
+    if getattr(self, "has_post_expert_norm", False):
+        parts = _PostExpertNorm(self.post_expert_norm), TritonExperts(w1_bias=w1_bias, w2_bias=w2_bias)
+        result = FusedMoEModularKernel(*parts)(*given, activation=activation)
+    else:
+        result = fused_experts(*given, activation=activation, w1_bias=w1_bias, w2_bias=w2_bias)
     return result.to(hidden_states.dtype)
 
 
-def fp8_experts_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+class _PostExpertNorm(MoEPrepareAndFinalizeNoEP):
+    """Normalises each expert's output before the weighted sum (transformers newer than 5.17)."""
+
+    def __init__(self, norm: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def finalize(self, output: Tensor, fused_expert_output: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().finalize(output, self.norm(fused_expert_output), *args, **kwargs)
+
+
+def fp8_experts_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Refusal of modules whose experts transformers quantized to FP8."""
     raise NotImplementedError(
         f"{type(self).__name__} holds FP8 weights, which compile_moe does not support yet; load the model with "
@@ -91,7 +101,7 @@ def fp8_experts_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     )
 
 
-def _weight(module: nn.Module, name: str) -> Tensor:
+def _weight(module: Any, name: str) -> Tensor:
     weight = getattr(module, name, None)
     if not isinstance(weight, Tensor):
         raise TypeError(

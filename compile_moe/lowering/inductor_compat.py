@@ -48,7 +48,7 @@ def pointwise(
 
 def static_int(size: Any) -> int:
     """The value of a size that must be static."""
-    sizevars = V.graph.sizevars
+    sizevars: Any = V.graph.sizevars
     guard = getattr(sizevars, "guard_int", None) or sizevars.evaluate_static_shape
     return int(guard(size))
 

@@ -28,8 +28,8 @@ def _lowering(
     dtype = fused_out.get_dtype()
     compute_dtype = torch.float64 if dtype is torch.float64 else torch.float32
     load_out, load_weight = fused_out.make_loader(), topk_weights.make_loader()
-    load_id = None if topk_ids is None else topk_ids.make_loader()
-    load_map = None if expert_map is None else expert_map.make_loader()
+    load_id: Any = None if topk_ids is None else topk_ids.make_loader()
+    load_map: Any = None if expert_map is None else expert_map.make_loader()
     num_global = num_experts if expert_map is None else expert_map.get_size()[0]
 
     def in_range(value: Any, bound: Any, value_dtype: torch.dtype) -> Any:

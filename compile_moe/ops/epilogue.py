@@ -26,6 +26,8 @@ from torch import Tensor
 
 Layout = Literal["concatenated", "interleaved", "ungated"]
 Operand = str | float
+#: Layout, steps and result as nested tuples of strings and numbers: a constant that dynamo can hold.
+ProgramTuples = tuple[Layout, tuple[tuple[str, tuple[Operand, ...]], ...], str]
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,8 @@ class Program:
         """Apply the program to (..., N); see :func:`evaluate_steps`."""
         return evaluate_steps(*self.as_tuples(), gate_up)
 
-    def as_tuples(self) -> tuple[Layout, tuple[tuple[str, tuple[Operand, ...]], ...], str]:
-        """Layout, steps and result as nested tuples of strings and numbers: a constant that dynamo can hold."""
+    def as_tuples(self) -> ProgramTuples:
+        """The arguments of :func:`evaluate_steps`."""
         return self.layout, tuple((step.op, step.operands) for step in self.steps), self.result
 
     def triton_source(self) -> str:

@@ -20,14 +20,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compile_moe.ops.act_and_mul import check_columns
 from compile_moe.ops.gather_gemm import gather_gemm
 from compile_moe.ops.named_activations import resolve
 from compile_moe.ops.problem_size import (
     _moe_problem_size,
+    check_bias,
     check_device,
     check_expert_map,
+    check_float_dtype,
     check_ids,
+    check_same,
     require,
     shape,
 )
@@ -56,6 +58,7 @@ def check_layer(
         ),
     )
     num_experts, m, _, k, topk = _moe_problem_size(hidden_states, w1, w2, topk_ids)
+    require(num_experts >= 1, lambda: f"w1 and w2 must hold at least one expert, got {shape(w1)} and {shape(w2)}")
     require(
         hidden_states.size(1) == k and w1.size(2) == k,
         lambda: (
@@ -65,8 +68,11 @@ def check_layer(
     )
     check_ids(topk_ids)
     check_expert_map(expert_map, topk_ids)
-    check_topk_weights(topk_weights, hidden_states)
     check_device("hidden_states", hidden_states, w1=w1, w2=w2, topk_ids=topk_ids)
+    check_float_dtype("hidden_states", hidden_states)
+    if not _is_autocast(hidden_states.device.type):
+        check_same("hidden_states", hidden_states, w1=w1, w2=w2)
+    check_topk_weights(topk_weights, hidden_states)
     require(
         topk_weights.dim() == 2 and topk_weights.size(1) == topk and topk_weights.size(0) == m,
         lambda: f"topk_weights must have the shape of topk_ids, {shape(topk_ids)}, got {shape(topk_weights)}",
@@ -88,14 +94,24 @@ def check_layer(
     )
 
 
-def check_intermediate(w1: Tensor, w2: Tensor, gated: bool) -> None:
+def _is_autocast(device_type: str) -> bool:
+    # Devices without autocast raise in torch; dynamo can't trace is_autocast_available (torch 2.11).
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def check_biases(w1: Tensor, w2: Tensor, w1_bias: Tensor | None, w2_bias: Tensor | None) -> None:
+    check_bias("w1_bias", w1_bias, "(E, N)", w1)
+    check_bias("w2_bias", w2_bias, "(E, K)", w2)
+
+
+def check_intermediate(w1: Tensor, w2: Tensor, activation: object, gated: bool) -> None:
     """Check w1's N against w2's I."""
     n, i = w1.size(1), w2.size(2)
     require(
         n == (2 * i if gated else i),
         lambda: (
-            f"w1 (E, N, K) must have N = {'2 * I' if gated else 'I'} for w2 (E, K, I) and "
-            f"{'a gated' if gated else 'an ungated'} activation, got {shape(w1)} and {shape(w2)}"
+            f"w1 (E, N, K) must have N = {'2 * I' if gated else 'I'} for w2 (E, K, I), since activation "
+            f"{activation!r} maps N columns to {'N / 2' if gated else 'N'}, got {shape(w1)} and {shape(w2)}"
         ),
     )
 
@@ -140,8 +156,7 @@ def _fused_out(
         hidden_states, w1, w2, topk_weights, topk_ids, global_num_experts, expert_map, apply_router_weight_on_input
     )
     epilogue = resolve(activation)
-    check_columns("w1 (E, N, K)", w1.size(1), epilogue)
-    check_intermediate(w1, w2, not epilogue.startswith("ungated"))
+    check_intermediate(w1, w2, activation, not epilogue.startswith("ungated"))
     if apply_router_weight_on_input:
         hidden_states = weight_input(hidden_states, topk_weights)
     return run_experts(hidden_states, w1, w2, topk_ids, epilogue, expert_map, w1_bias, w2_bias, False)

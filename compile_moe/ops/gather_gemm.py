@@ -22,7 +22,15 @@ from compile_moe.ops.act_and_mul import check_columns
 from compile_moe.ops.epilogue import parse
 from compile_moe.ops.grouped_linear import grouped_linear_torch
 from compile_moe.ops.kernels import gather_gemm as kernels
-from compile_moe.ops.problem_size import check_float_dtype, check_same, check_sorted, check_weight, require, shape
+from compile_moe.ops.problem_size import (
+    check_bias,
+    check_float_dtype,
+    check_same,
+    check_sorted,
+    check_weight,
+    require,
+    shape,
+)
 from compile_moe.ops.registry import OutputSpec, define_op
 
 
@@ -38,18 +46,14 @@ def _check(
 ) -> None:
     check_float_dtype("hidden_states", hidden_states)
     check_same("hidden_states", hidden_states, w1=w1, w1_bias=bias)
-    check_weight("w1", w1)
+    check_weight("w1", "(E, N, K)", w1)
     require(
         hidden_states.dim() == 2 and hidden_states.size(1) == w1.size(2),
         lambda: f"hidden_states must be (M, K) with the K of w1 (E, N, K) = {shape(w1)}, got {shape(hidden_states)}",
     )
     check_sorted(sorted_slots, expert_offsets, hidden_states.size(0), topk, w1)
     check_columns("w1 (E, N, K)", w1.size(1), epilogue)
-    if bias is not None:
-        require(
-            bias.shape == w1.shape[:2],
-            lambda: f"w1_bias must be (E, N) = {shape(w1)[:2]}, got {shape(bias)}",
-        )
+    check_bias("w1_bias", bias, "(E, N)", w1)
 
 
 def _outputs(

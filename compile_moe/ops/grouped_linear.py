@@ -10,7 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compile_moe.ops.problem_size import check_float_dtype, check_same, require, shape
+from compile_moe.ops.problem_size import (
+    check_bias,
+    check_device,
+    check_float_dtype,
+    check_same,
+    require,
+    require_type,
+    shape,
+)
 from compile_moe.ops.registry import OutputSpec, define_op
 
 
@@ -37,6 +45,11 @@ def _check(rows: Tensor, w: Tensor, expert_offsets: Tensor, bias: Tensor | None 
         expert_offsets.dim() == 1 and expert_offsets.size(0) == w.size(0) + 1,
         lambda: f"expert_offsets must be (E + 1,) = ({w.size(0) + 1},), got {shape(expert_offsets)}",
     )
+    require_type(
+        expert_offsets.dtype is torch.int32, lambda: f"expert_offsets must be int32, got {expert_offsets.dtype}"
+    )
+    check_device("rows", rows, expert_offsets=expert_offsets)
+    check_bias("bias", bias, "(E, N)", w)
 
 
 def _outputs(rows: Tensor, w: Tensor, expert_offsets: Tensor, bias: Tensor | None = None) -> tuple[OutputSpec, ...]:

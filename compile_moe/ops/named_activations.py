@@ -64,6 +64,11 @@ def program_text(
         raise ValueError(f"activation must be one of {', '.join(NAMES)}, an Activation or a callable, got {name!r}")
     if name not in ("swigluoai", "silu") and (alpha is not None or limit is not None):
         raise ValueError(f"alpha and limit belong to swigluoai and silu; {name!r} takes neither")
+    for parameter, value in (("alpha", alpha), ("limit", limit)):
+        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            raise ValueError(f"{parameter} must be a finite number, got {value!r}")
+    if limit is not None and limit <= 0:
+        raise ValueError(f"limit must be positive, got {limit!r}")
     gated = not name.endswith("_no_mul")
     if interleaved is None:
         interleaved = name == "swigluoai"

@@ -79,6 +79,12 @@ def _moe_problem_size(
     return num_experts, m, n, k, topk_ids.size(1)
 
 
+def require_tensors(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def check_float_dtype(name: str, t: Tensor) -> None:
     accepted = CUDA_DTYPES if t.device.type == "cuda" else CPU_DTYPES
     require_type(
@@ -135,8 +141,9 @@ def check_expert_map(expert_map: Tensor | None, reference: Tensor) -> None:
     check_device("topk_ids", reference, expert_map=expert_map)
 
 
-def check_weight(name: str, w: Tensor) -> None:
-    """Check a stack of expert matrices for what the kernels address with 32 bits inside one expert."""
+def check_weight(name: str, layout: str, w: Tensor) -> None:
+    """Check a stack of expert matrices: its rank, and what the kernels address with 32 bits inside one expert."""
+    require(w.dim() == 3, lambda: f"{name} must be {layout}, got {shape(w)}")
     span = sum((size - 1) * stride for size, stride in zip(w.shape[1:], w.stride()[1:], strict=True))
     require(
         span < 2**31,
@@ -162,3 +169,12 @@ def check_sorted(sorted_slots: Tensor, expert_offsets: Tensor, num_tokens: int, 
         ),
     )
     check_device("w", w, sorted_slots=sorted_slots, expert_offsets=expert_offsets)
+
+
+def check_bias(name: str, bias: Tensor | None, layout: str, w: Tensor) -> None:
+    """Check a bias against its weight (E, rows, columns)."""
+    if bias is not None:
+        require(
+            bias.shape == w.shape[:2],
+            lambda: f"{name} must be {layout} = {shape(w)[:2]}, got {shape(bias)}",
+        )

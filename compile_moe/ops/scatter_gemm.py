@@ -19,7 +19,15 @@ from torch import Tensor
 
 from compile_moe.ops.grouped_linear import grouped_linear_torch
 from compile_moe.ops.kernels import scatter_gemm as kernels
-from compile_moe.ops.problem_size import check_float_dtype, check_same, check_sorted, check_weight, require, shape
+from compile_moe.ops.problem_size import (
+    check_bias,
+    check_float_dtype,
+    check_same,
+    check_sorted,
+    check_weight,
+    require,
+    shape,
+)
 from compile_moe.ops.registry import OutputSpec, define_op
 
 
@@ -35,7 +43,7 @@ def _check(
 ) -> None:
     check_float_dtype("intermediate", intermediate)
     check_same("intermediate", intermediate, w2=w2, w2_bias=bias)
-    check_weight("w2", w2)
+    check_weight("w2", "(E, K, I)", w2)
     require(
         intermediate.dim() == 2 and intermediate.size(1) == w2.size(2),
         lambda: f"intermediate must be (S, I) with the I of w2 (E, K, I) = {shape(w2)}, got {shape(intermediate)}",
@@ -45,11 +53,7 @@ def _check(
         intermediate.size(0) == sorted_slots.size(0),
         lambda: f"intermediate must have a row a slot, {sorted_slots.size(0)}, got {shape(intermediate)}",
     )
-    if bias is not None:
-        require(
-            bias.shape == w2.shape[:2],
-            lambda: f"w2_bias must be (E, K) = {shape(w2)[:2]}, got {shape(bias)}",
-        )
+    check_bias("w2_bias", bias, "(E, K)", w2)
 
 
 def _outputs(

@@ -33,7 +33,7 @@ class MoEPrepareAndFinalizeNoEP(FusedMoEPrepareAndFinalize):
         apply_router_weight_on_input: bool,
     ) -> PrepareResult:
         """The tokens themselves, weighted if asked."""
-        refuse_scales(type(self).__name__, a1_scale=a1_scale, a2_scale=a2_scale)
+        refuse_scales(type(self).__name__, "a prepare/finalize class", a1_scale=a1_scale, a2_scale=a2_scale)
         require(a1.dim() == 2, lambda: f"a1 must be (M, K), got {shape(a1)}")
         if apply_router_weight_on_input:
             topk = topk_ids.size(1)
@@ -59,7 +59,7 @@ class MoEPrepareAndFinalizeNoEP(FusedMoEPrepareAndFinalize):
             output, fused_expert_output, topk_weights, None, None, -1, not apply_router_weight_on_input
         )
 
-    def reduce(  # type: ignore[override]
+    def reduce(
         self,
         fused_expert_output: Tensor,
         topk_weights: Tensor,
@@ -77,3 +77,5 @@ class MoEPrepareAndFinalizeNoEP(FusedMoEPrepareAndFinalize):
             num_experts,
             not apply_router_weight_on_input,
         )
+
+    reduce_counterpart = finalize

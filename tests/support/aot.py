@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 # Shared memory that one block may have, in bytes, by compute capability (sm_89 and sm_86 have what sm_120 has).
@@ -134,7 +134,7 @@ def _type_name(value: Tensor | int | float | str) -> str:
 
 def _resources(ptx: str, capability: int) -> dict[str, int]:
     """What the assembler reports; the kernel's metadata has neither registers nor spills before it is loaded."""
-    ptxas = (knobs.nvidia.ptxas_blackwell if capability >= 100 else knobs.nvidia.ptxas).path
+    ptxas = get_ptxas(capability).path
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert target is not None, "PTX names its target"
     with tempfile.TemporaryDirectory() as folder:

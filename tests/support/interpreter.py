@@ -1,6 +1,6 @@
 """Run Triton kernels on CPU tensors: repairs of Triton's interpreter, and processes to run it in.
 
-As shipped (triton 3.6) the interpreter computes in the integers that store bfloat16, truncates casts, knows no
+As shipped (triton 3.6 to 3.9) the interpreter computes in the integers that store bfloat16, truncates casts, knows no
 libdevice, and reads out of bounds silently. ``repair()`` mends that. The switch TRITON_INTERPRET is read when a
 kernel is decorated, so interpreted tests live in ``tests/interpreted`` and run in processes of their own.
 """
@@ -54,7 +54,9 @@ def repair() -> None:
 
 
 def _repair_scalars(shipped: Any) -> None:
-    """Scalars are arrays of one element to the interpreter, which numpy no longer turns into an index."""
+    """Scalars are arrays of one element to the interpreter, which numpy no longer turns into an index; and truth
+    values carry the dtype of what was compared, which triton 3.9 makes theirs when it spreads a scalar over a block.
+    """
     shipped_patch = shipped._patch_lang_tensor
 
     def patch_tensor(tensor: Any, scope: Any) -> None:
@@ -62,3 +64,11 @@ def _repair_scalars(shipped: Any) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     shipped._patch_lang_tensor = patch_tensor
+    shipped_splat = shipped.InterpreterBuilder.create_splat
+
+    def create_splat(self: Any, block_type: Any, scalar: Any) -> Any:
+        block = shipped_splat(self, block_type, scalar)
+        block.data = block.data.astype(scalar.data.dtype)
+        return block
+
+    shipped.InterpreterBuilder.create_splat = create_splat

@@ -24,7 +24,7 @@ def repair_floats(shipped: Any) -> None:
     }
     storage = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
     shipped_convert, shipped_cast = shipped._convert_float, builder.cast_impl
-    shipped_binary, shipped_ternary = builder.binary_op, builder.ternary_op
+    shipped_unary, shipped_binary, shipped_ternary = builder.unary_op, builder.binary_op, builder.ternary_op
 
     def as_torch(data: np.ndarray, dtype: Any) -> torch.Tensor:
         bits = np.array(data, order="C", ndmin=1).view(storage[torch_types[dtype].itemsize])
@@ -59,6 +59,11 @@ def repair_floats(shipped: Any) -> None:
             exact = shipped_cast(self, widen(source), tl.float32)
             return narrow(exact, tl.bfloat16)
         return shipped_cast(self, widen(source), target)
+
+    def unary_op(self: Any, operand: Any, op: Callable[..., Any]) -> Any:
+        if not is_bf16(operand):
+            return shipped_unary(self, operand, op)
+        return narrow(shipped_unary(self, widen(operand), op), tl.bfloat16)
 
     def binary_op(self: Any, lhs: Any, rhs: Any, op: Callable[..., Any]) -> Any:
         if not is_bf16(lhs, rhs):
@@ -97,6 +102,7 @@ def repair_floats(shipped: Any) -> None:
 
     shipped._convert_float = convert
     builder.cast_impl = cast_impl
+    builder.unary_op = unary_op
     builder.binary_op = binary_op
     builder.ternary_op = ternary_op
     builder.create_dot = dot

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
-from types import SimpleNamespace
+from collections.abc import Iterable, Iterator
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from compile_moe.ops.kernels import launch
+from compile_moe.ops.kernels.epilogue import with_epilogue
 
 
 class SimulatedGPU:
@@ -41,7 +42,12 @@ class _Driver:
 
             return run
 
-        properties = {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
+        properties = {
+            "max_shared_mem": 232448,
+            "multiprocessor_count": 132,
+            "max_num_regs": 65536,
+            "warpSize": 32,
+        }
         self.launcher_cls = launcher
         self.utils = SimpleNamespace(load_binary=load_binary, get_device_properties=lambda device: properties)
 
@@ -73,13 +79,26 @@ def simulated_gpu() -> Iterator[SimulatedGPU]:
         for module in modules:
             if getattr(module, "launch_all", None) is real and module is not launch:
                 patches.enter_context(mock.patch.object(module, "launch_all", launch_all))
-        patches.enter_context(mock.patch.object(launch, "_device_guard", lambda device: contextlib.nullcontext()))
+        patches.enter_context(
+            mock.patch.object(launch, "_device_guard", lambda device: contextlib.nullcontext())
+        )
         patches.enter_context(mock.patch.object(launch, "_loaded", set()))
         patches.enter_context(
             mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing)
         )
+        _forget_kernels(modules)
         driver.set_active(_Driver(gpu))
         try:
             yield gpu
         finally:
             driver._active = before
+            _forget_kernels(modules)
+
+
+def _forget_kernels(modules: Iterable[ModuleType]) -> None:
+    """Triton keeps with a kernel what it loaded, and so does the cache of kernels with an epilogue."""
+    with_epilogue.cache_clear()
+    for module in modules:
+        for value in vars(module).values():
+            if hasattr(value, "device_caches"):
+                value.device_caches.clear()

@@ -44,13 +44,13 @@ def with_epilogue(
     """
     replaced = _build_epilogue(body) if body else epilogue
     copy = types.FunctionType(
-        kernel.__code__,  # type: ignore[attr-defined]
-        {**kernel.__globals__, "epilogue": replaced},  # type: ignore[attr-defined]
+        kernel.__code__,
+        {**kernel.__globals__, "epilogue": replaced},
         kernel.__name__,
-        kernel.__defaults__,  # type: ignore[attr-defined]
-        kernel.__closure__,  # type: ignore[attr-defined]
+        kernel.__defaults__,
+        kernel.__closure__,
     )
     functools.update_wrapper(copy, kernel)
     # Signature inspection must end at the copy.
-    del copy.__wrapped__  # type: ignore[attr-defined]
+    delattr(copy, "__wrapped__")
     return triton.jit(copy, do_not_specialize=list(do_not_specialize))

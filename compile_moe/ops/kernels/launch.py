@@ -77,6 +77,11 @@ def _load(key: tuple[Hashable, ...], variants: Callable[[], Iterable[Launch]], d
                 # The launcher property loads the module onto the device.
                 _ = compiled.run
 
+        launches = list(variants())
         with ThreadPoolExecutor() as pool:
-            list(pool.map(compile_and_load, variants()))
+            attempts = [pool.submit(compile_and_load, launch) for launch in launches]
+        for launch, attempt in zip(launches, attempts, strict=True):
+            if attempt.exception() is not None:
+                # Triton doesn't promise that compiling in threads is safe: what is wrong is wrong alone, too.
+                compile_and_load(launch)
         _loaded.add(key)

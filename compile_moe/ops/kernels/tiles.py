@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -75,7 +75,7 @@ def device_limits(device_index: int | None) -> DeviceLimits:
     """Limits of a CUDA device; those of an sm_90 device where kernels are interpreted (None)."""
     if device_index is None:
         return DeviceLimits(shared_memory=232448, async_mma=True)
-    properties = torch.cuda.get_device_properties(device_index)
+    properties: Any = torch.cuda.get_device_properties(device_index)
     return DeviceLimits(properties.shared_memory_per_block_optin, properties.major in (9, 10))
 
 

@@ -1,0 +1,67 @@
+"""How many kernels one call of a module runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+#: What :func:`count` counts on each type of device.
+COUNTED = {
+    "cuda": "kernels launched on the GPU",
+    "cpu": "operators called and C++ kernels generated, without views, allocations and reads of single values",
+}
+
+
+def compile_for_count(module: nn.Module, device: torch.device) -> Callable[..., Any]:
+    """The module compiled so that :func:`count` sees its generated kernels."""
+    options: dict[str, str | int | bool | Callable[..., Any]] = {"cpp.enable_kernel_profile": True}
+    return torch.compile(module, options=options if device.type == "cpu" else None)
+
+
+def count(call: Callable[[], Any], device: torch.device) -> int:
+    """Kernels that ``call`` runs: on a GPU, launches without copies and fills by the driver; on the CPU, the
+    outermost operators and generated kernels.
+
+    ``call`` must have run before, or what compiling it runs counts too.
+    """
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    # Else the profiler's C++ part reports its start and stop on stderr; read at its first use.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with profile(activities=activities, acc_events=True) as profiler:
+        call()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    events: Any = profiler.events()
+    if on_gpu:
+        return sum(
+            event.device_type.name == "CUDA"
+            and not event.name.startswith(("Memcpy", "Memset"))
+            and not getattr(event, "is_user_annotation", False)
+            for event in events
+        )
+    return sum(map(_is_work, _outermost(event for event in events if event.cpu_parent is None)))
+
+
+def _outermost(events: Iterable[Any]) -> Iterable[str]:
+    for event in events:
+        if "::" in event.name or "cpp_fused" in event.name:
+            yield event.name
+        else:
+            # A region that groups calls, such as a compiled graph.
+            yield from _outermost(event.cpu_children)
+
+
+def _is_work(name: str) -> bool:
+    namespace, _, op = name.partition("::")
+    if namespace != "aten":
+        return True
+    if op.startswith(("empty", "new_empty")) or op in ("item", "is_nonzero"):
+        return False
+    packet = getattr(torch.ops.aten, op, None)
+    return packet is None or not all(getattr(packet, overload).is_view for overload in packet.overloads())
