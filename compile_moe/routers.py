@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compile_moe.ops.problem_size import shape
+from compile_moe.ops.problem_size import require_tensors, shape
 
 
 class Routing(NamedTuple):
@@ -121,19 +121,26 @@ def sigmoid_grouped_topk(
 
 
 def _check(router_logits: Tensor, topk: int) -> None:
+    require_tensors(router_logits=router_logits)
     if router_logits.dim() != 2:
         raise ValueError(f"router_logits must be (M, E), got {shape(router_logits)}")
     if not router_logits.is_floating_point():
         raise TypeError(f"router_logits must be floating point, got {router_logits.dtype}")
-    if not isinstance(topk, int) or isinstance(topk, bool):
-        raise TypeError(f"topk must be an int, got {type(topk).__name__}")
+    _check_int("topk", topk)
     num_experts = router_logits.size(1)
     if not 1 <= topk <= num_experts:
         raise ValueError(f"topk must be 1 to E = {num_experts} (router_logits.size(1)), got {topk}")
 
 
+def _check_int(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
 def _check_groups(num_experts: int, topk: int, num_expert_group: int, topk_group: int) -> int:
     """Experts of a group, if the groups are possible."""
+    _check_int("num_expert_group", num_expert_group)
+    _check_int("topk_group", topk_group)
     if num_expert_group < 1 or num_experts % num_expert_group != 0:
         raise ValueError(
             f"num_expert_group must divide the number of experts E = {num_experts} (router_logits.size(1)), "
@@ -151,6 +158,7 @@ def _check_groups(num_experts: int, topk: int, num_expert_group: int, topk_group
 
 
 def _check_bias(correction_bias: Tensor, router_logits: Tensor) -> None:
+    require_tensors(correction_bias=correction_bias)
     num_experts = router_logits.size(1)
     if correction_bias.dim() != 1 or correction_bias.size(0) != num_experts:
         raise ValueError(f"correction_bias must be (E,) = ({num_experts},), got {shape(correction_bias)}")

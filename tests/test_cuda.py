@@ -17,6 +17,7 @@ from compile_moe.ops import gather_gemm, sort_tokens
 from compile_moe.ops.named_activations import program_text
 from compile_moe.ops.sort_tokens import sort_tokens_torch
 from tests.support.oracle import Layer, assert_as_accurate, make_layer
+from tests.support.precision import tf32
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("fresh_dynamo")]
 
@@ -152,13 +153,9 @@ def test_more_than_2_to_the_31_elements() -> None:
 @pytest.mark.parametrize("allowed", [False, True], ids=["ieee", "tf32"])
 def test_float32_follows_torchs_precision(allowed: bool) -> None:
     layer = make_layer(M=100, **{**SHAPE, "dtype": torch.float32, "K": 512})
-    before = torch.backends.cuda.matmul.allow_tf32
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+    with tf32(allowed):
         out = compile_moe.fused_experts(*layer.args)
         assert_as_accurate(out, layer)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
     exact = layer.to(torch.float64).reference()
     error = ((out.double() - exact).norm() / exact.norm()).item()
     assert error > 1e-5 if allowed else error < 2e-6

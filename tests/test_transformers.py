@@ -28,8 +28,8 @@ def forward_only() -> Any:
         yield
 
 
-def prompt(batch: int = 2, length: int = 12) -> Tensor:
-    return torch.randint(COMMON["vocab_size"], (batch, length))
+def prompt(device: str, batch: int = 2, length: int = 12) -> Tensor:
+    return torch.randint(COMMON["vocab_size"], (batch, length), device=device)
 
 
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
@@ -48,8 +48,8 @@ def assert_model_close(result: Tensor, model: Any, ids: Tensor, peer: Any = None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = tiny_model(family), prompt()
+def test_logits(family: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_model(family).to(device), prompt(device)
     calls = []
     monkeypatch.setattr(
         integration,
@@ -64,16 +64,16 @@ def test_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_in_one_graph(family: str) -> None:
-    model, ids = tiny_model(family), prompt()
+def test_logits_in_one_graph(family: str, device: str) -> None:
+    model, ids = tiny_model(family).to(device), prompt(device)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_model_close(logits(compiled, ids), model, ids)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_logits_through_inductor(family: str) -> None:
-    model, ids = tiny_model(family, num_hidden_layers=1), prompt()
+def test_logits_through_inductor(family: str, device: str) -> None:
+    model, ids = tiny_model(family, num_hidden_layers=1).to(device), prompt(device)
     compiled = torch.compile(model, fullgraph=True)
     # Inductor's own roundings, in attention and norms, are in both.
     peer = torch.compile(with_experts(model, "batched_mm"), fullgraph=True)
@@ -81,18 +81,18 @@ def test_logits_through_inductor(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generate(family: str) -> None:
-    model, ids = tiny_model(family), prompt()
-    expected = with_experts(model, "eager").generate(ids, **GREEDY)
+def test_generate(family: str, device: str) -> None:
+    """On a GPU transformers compiles the decoding step by itself, with CUDA graphs."""
+    model, ids = tiny_model(family).to(device), prompt(device)
+    expected = with_experts(model, "eager").generate(ids, **GREEDY, disable_compile=True)
     assert torch.equal(model.generate(ids, **GREEDY), expected)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generate_with_compiled_decoding(family: str) -> None:
-    """transformers itself compiles the decoding step, on GPUs by default."""
-    model, ids = tiny_model(family), prompt()
-    expected = with_experts(model, "eager").generate(ids, **GREEDY)
+def test_generate_with_compiled_decoding(family: str, device: str) -> None:
+    model, ids = tiny_model(family).to(device), prompt(device)
+    expected = with_experts(model, "eager").generate(ids, **GREEDY, disable_compile=True)
     compile_config = transformers.CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
     compile_config._compile_all_devices = True
     assert torch.equal(model.generate(ids, **GREEDY, compile_config=compile_config), expected)
@@ -100,12 +100,13 @@ def test_generate_with_compiled_decoding(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generate_in_bf16_differs_at_near_ties_only(family: str) -> None:
+def test_generate_in_bf16_differs_at_near_ties_only(family: str, device: str) -> None:
     # Roundings decide routing ties as well: a seed of its own keeps the comparison on one side of them.
     torch.manual_seed(0)
-    model, ids = tiny_model(family).to(torch.bfloat16), prompt(4)
+    model, ids = tiny_model(family).to(device, torch.bfloat16), prompt(device, 4)
     eager, exact = with_experts(model, "eager"), with_experts(model, "eager", torch.float64)
-    expected, given = eager.generate(ids, **GREEDY), model.generate(ids, **GREEDY)
+    expected = eager.generate(ids, **GREEDY, disable_compile=True)
+    given = model.generate(ids, **GREEDY, disable_compile=True)
     true_logits = logits(exact, expected).double()
     error = (logits(eager, expected).double() - true_logits).abs().max()
     for row in range(len(ids)):
@@ -125,7 +126,7 @@ def test_every_way_to_choose_it(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     auto = transformers.AutoModelForCausalLM
     config = transformers.AutoConfig.from_pretrained(tmp_path, experts_implementation=integration.NAME)
-    ids = prompt()
+    ids = prompt("cpu")
     for loaded in (
         model,
         auto.from_pretrained(tmp_path, experts_implementation=integration.NAME),

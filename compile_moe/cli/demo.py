@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 import compile_moe.integrations.transformers as integration
@@ -85,7 +86,8 @@ def run_demo(options: DemoOptions) -> None:
         else f"CPU, {torch.get_num_threads()} threads"
     )
     parameters = sum(p.numel() for p in model.parameters())
-    table.title = (
+    # As text: a folder's name may hold what rich takes for markup.
+    table.title = Text(
         f"{language_model.name} ({parameters / 1e6:.1f} M parameters, {str(dtype).removeprefix('torch.')})\n"
         f"{place}, torch {torch.__version__}"
     )

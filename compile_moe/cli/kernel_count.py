@@ -15,6 +15,7 @@ COUNTED = {
     "cuda": "kernels launched on the GPU",
     "cpu": "operators called and C++ kernels generated, without views, allocations and reads of single values",
 }
+_READS = ("aten::item", "aten::is_nonzero")
 
 
 def compile_for_count(module: nn.Module, device: torch.device) -> Callable[..., Any]:
@@ -45,23 +46,28 @@ def count(call: Callable[[], Any], device: torch.device) -> int:
             and not getattr(event, "is_user_annotation", False)
             for event in events
         )
-    return sum(map(_is_work, _outermost(event for event in events if event.cpu_parent is None)))
+    return _count_work(event for event in events if event.cpu_parent is None)
 
 
-def _outermost(events: Iterable[Any]) -> Iterable[str]:
+def _count_work(events: Iterable[Any]) -> int:
+    total = 0
     for event in events:
-        if "::" in event.name or "cpp_fused" in event.name:
-            yield event.name
-        else:
-            # A region that groups calls, such as a compiled graph.
-            yield from _outermost(event.cpu_children)
+        if _is_work(event.name):
+            total += 1
+        elif event.name not in _READS:
+            # A region that groups calls, such as a compiled graph, or a view that may have to copy.
+            total += _count_work(event.cpu_children)
+    return total
 
 
 def _is_work(name: str) -> bool:
-    namespace, _, op = name.partition("::")
+    namespace, separator, op = name.partition("::")
+    if not separator:
+        return "cpp_fused" in name
     if namespace != "aten":
         return True
-    if op.startswith(("empty", "new_empty")) or op in ("item", "is_nonzero"):
+    if name in _READS or op.startswith(("empty", "new_empty")) or op == "_unsafe_view":
         return False
     packet = getattr(torch.ops.aten, op, None)
-    return packet is None or not all(getattr(packet, overload).is_view for overload in packet.overloads())
+    # Any, because slice and split have overloads for lists and strings as well.
+    return packet is None or not any(getattr(packet, overload).is_view for overload in packet.overloads())

@@ -84,14 +84,16 @@ def load(
         raise Refusal(f"--model must be a folder with a checkpoint, but {folder} is no folder")
     if not (folder / "config.json").is_file():
         raise Refusal(f"--model must be a folder with a checkpoint, but {folder} holds no config.json")
+    # Without the last option transformers asks whether to run code that comes with a checkpoint.
+    local = {"local_files_only": True, "trust_remote_code": False}
     model = _make(
         lambda: transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, experts_implementation=experts, local_files_only=True
+            folder, dtype=dtype, experts_implementation=experts, **local
         )
     )
     tokenizer = None
     if any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        tokenizer = _make(lambda: transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        tokenizer = _make(lambda: transformers.AutoTokenizer.from_pretrained(folder, **local))
     return LanguageModel(model.eval().to(device), tokenizer, folder.resolve().name)
 
 
@@ -147,11 +149,13 @@ def moe_block(model: nn.Module) -> Block:
 
 
 def _make(build: Any) -> Any:
-    # What transformers raises on a checkpoint it can't load, and on an unknown experts implementation.
     try:
         return build()
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise Refusal(_one_line(error)) from error
+    except Exception as error:
+        # Anything: unknown experts, a damaged file, a checkpoint that doesn't fit its config.
+        raise Refusal(
+            f"transformers can't load this model: {type(error).__name__}: {_one_line(error)}"
+        ) from error
 
 
 def _one_line(error: Exception) -> str:

@@ -118,7 +118,8 @@ class Layer:
 def assert_as_accurate(result: Tensor, layer: Layer, factor: float = 2.0) -> None:
     """The tolerance rule: against float64, at most ``factor`` times the error of plain PyTorch at that precision.
 
-    In the Frobenius norm, plus ``factor`` roundings of the largest element: plain PyTorch can be exact by luck.
+    In the Frobenius norm, plus ``factor`` roundings of the largest element: plain PyTorch can be exact by luck. Norms
+    over a few elements are noisy, which doubles ``factor`` where there are fewer than 256.
     """
     exact = layer.to(torch.float64).reference()
     assert result.shape == exact.shape and result.device == layer.hidden_states.device
@@ -126,6 +127,8 @@ def assert_as_accurate(result: Tensor, layer: Layer, factor: float = 2.0) -> Non
     assert torch.isfinite(result).all(), "not finite"
     if not result.numel():
         return
+    if result.numel() < 256:
+        factor *= 2
     error = (result.double() - exact).norm().item()
     plain = (layer.reference().double() - exact).norm().item()
     rounding = torch.finfo(result.dtype).eps * exact.abs().max().item()

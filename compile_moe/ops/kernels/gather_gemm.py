@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compile_moe.ops.kernels.epilogue import epilogue, with_epilogue
 from compile_moe.ops.kernels.launch import Launch, launch_all, pointer_key
-from compile_moe.ops.kernels.precision import input_precision
+from compile_moe.ops.kernels.precision import accumulate, dot_precision
 from compile_moe.ops.kernels.tiles import (
     Tile,
     choose_tile,
@@ -103,13 +103,13 @@ def gather_gemm_kernel(
             w_gate = tl.load(gate_ptrs)
         else:
             w_gate = tl.load(gate_ptrs, mask=w_mask, other=0.0)
-        gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
+        gate = accumulate(x, w_gate, gate, PRECISION)
         if GATED:
             if EVEN_N and EVEN_K:
                 w_up = tl.load(up_ptrs)
             else:
                 w_up = tl.load(up_ptrs, mask=w_mask, other=0.0)
-            up = tl.dot(x, w_up, up, input_precision=PRECISION)
+            up = accumulate(x, w_up, up, PRECISION)
         x_ptrs += BLOCK_K * stride_xk
         gate_ptrs += BLOCK_K * stride_wk
         up_ptrs += BLOCK_K * stride_wk
@@ -167,7 +167,7 @@ def launch_for(
         "LAYOUT": layout,
         "HAS_BIAS": bias is not None,
         "ZERO_SKIPPED": zero_skipped,
-        "PRECISION": input_precision(out.dtype),
+        "PRECISION": dot_precision(out.dtype),
         "E_POW2": triton.next_power_of_2(num_experts + 1),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,

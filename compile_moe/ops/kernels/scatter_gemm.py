@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compile_moe.ops.kernels.launch import Launch, launch_all, pointer_key
-from compile_moe.ops.kernels.precision import input_precision
+from compile_moe.ops.kernels.precision import accumulate, dot_precision
 from compile_moe.ops.kernels.tiles import (
     Tile,
     choose_tile,
@@ -88,7 +88,7 @@ def scatter_gemm_kernel(
             w = tl.load(w_ptrs)
         else:
             w = tl.load(w_ptrs, mask=w_mask, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = accumulate(x, w, acc, PRECISION)
         x_ptrs += BLOCK_K * stride_xk
         w_ptrs += BLOCK_K * stride_wk
 
@@ -134,7 +134,7 @@ def launch_for(
     options = {
         "HAS_BIAS": bias is not None,
         "ZERO_SKIPPED": zero_skipped,
-        "PRECISION": input_precision(out.dtype),
+        "PRECISION": dot_precision(out.dtype),
         "E_POW2": triton.next_power_of_2(num_experts + 1),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
