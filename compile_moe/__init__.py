@@ -1,5 +1,6 @@
 """compile_moe: fused Mixture-of-Experts layers that torch.compile sees through."""
 
+from compile_moe import integrations, routers
 from compile_moe.activations import Activation
 from compile_moe.experts import TorchExperts, TritonExperts
 from compile_moe.fused_experts import fused_experts
@@ -27,6 +28,8 @@ __all__ = [
     "TritonExperts",
     "_moe_problem_size",
     "fused_experts",
+    "integrations",
+    "routers",
     "warm_up",
 ]
 

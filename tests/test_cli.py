@@ -42,11 +42,13 @@ def invoke(*arguments: str | Path) -> Any:
     return CliRunner().invoke(app, [*map(str, arguments)])
 
 
-def save(folder: Path, **options: Any) -> Path:
+def save(folder: Path) -> Path:
     """A checkpoint of one layer, with a tokenizer of whole words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    tiny_model("qwen3_moe", "eager", num_hidden_layers=1, **options).save_pretrained(folder)
+    # Weights without near ties between tokens.
+    torch.manual_seed(0)
+    tiny_model("qwen3_moe", "eager", num_hidden_layers=1).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"?": 0, "a": 1, "router": 2, "sends": 3, "tokens": 4}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
@@ -230,6 +232,13 @@ def test_checkpoint_that_transformers_cannot_load(damage: str, message: str, tmp
     broken(save(tmp_path), damage)
     line = refusal(invoke("demo", "--model", tmp_path))
     assert line.startswith("error: transformers can't load this model: ") and message in line
+
+
+def test_checkpoint_that_lacks_weights(tmp_path: Path) -> None:
+    config = json.loads((save(tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2, "layer_types": None}))
+    line = refusal(invoke("demo", "--model", tmp_path))
+    assert re.search(r"--model must hold all weights, but .* lacks \d+, such as model.layers.1.", line)
 
 
 def test_model_without_experts(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ def compile_launch(launch: Launch, capability: int, spills: int = 0) -> Compiled
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gemms(shape: str, precision: str, capability: int) -> None:
     e, topk, k, i = SHAPES[shape]
-    if precision != "bf16" and shape == "gpt-oss-120b":
-        pytest.skip("float32 on two shapes")
+    if precision != "bf16" and (shape == "gpt-oss-120b" or (shape == "qwen3-30b" and capability != 90)):
+        pytest.skip("float32 on one shape for each architecture, and on another for sm_90")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     biased = shape == "gpt-oss-120b"
     program = parse(program_text("swigluoai" if biased else "silu"))

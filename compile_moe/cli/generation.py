@@ -73,11 +73,10 @@ class Generator:
         logits: Tensor = forward(ids, past_key_values=self.cache, use_cache=True).logits
         return logits[0].clone()
 
-    def generate(self, forward: Forward, before_decode: Callable[[], None] = lambda: None) -> Generation:
-        """Greedy tokens and all logits; calls ``before_decode`` between the prompt and the first single token."""
+    def generate(self, forward: Forward) -> Generation:
+        """Greedy tokens and all logits."""
         logits = [self.prefill(forward)]
         tokens = [logits[0][-1:].argmax(-1)]
-        before_decode()
         while len(tokens) < self.max_new_tokens:
             logits.append(self.step(forward, tokens[-1][None]))
             tokens.append(logits[-1].argmax(-1))

@@ -86,11 +86,15 @@ def load(
         raise Refusal(f"--model must be a folder with a checkpoint, but {folder} holds no config.json")
     # Without the last option transformers asks whether to run code that comes with a checkpoint.
     local = {"local_files_only": True, "trust_remote_code": False}
-    model = _make(
+    model, loading = _make(
         lambda: transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, experts_implementation=experts, **local
+            folder, dtype=dtype, experts_implementation=experts, output_loading_info=True, **local
         )
     )
+    if missing := loading["missing_keys"]:
+        raise Refusal(
+            f"--model must hold all weights, but {folder} lacks {len(missing)}, such as {min(missing)}"
+        )
     tokenizer = None
     if any((folder / file).is_file() for file in _TOKENIZER_FILES):
         tokenizer = _make(lambda: transformers.AutoTokenizer.from_pretrained(folder, **local))

@@ -1,1 +1,5 @@
-"""Adapters to other libraries, each imported only by those who use it."""
+"""Adapters to other libraries, which are imported at the first use only."""
+
+from compile_moe.integrations import transformers
+
+__all__ = ["transformers"]
