@@ -11,7 +11,7 @@ from compile_moe.modular_kernel import (
     PrepareResult,
     _moe_problem_size,
 )
-from compile_moe.ops.registry import on_first_fake_call
+from compile_moe.ops.registry import on_fake_call
 from compile_moe.prepare_finalize import MoEPrepareAndFinalizeNoEP
 from compile_moe.warm_up import warm_up
 
@@ -40,4 +40,4 @@ def _register_lowerings() -> None:
     compile_moe.lowering.register()
 
 
-on_first_fake_call(_register_lowerings)
+on_fake_call(_register_lowerings)

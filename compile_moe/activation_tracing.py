@@ -1,7 +1,7 @@
 """From a PyTorch callable over gate/up columns to an epilogue program.
 
-The callable is traced with make_fx on a small meta tensor (ROWS, N); :mod:`compile_moe.graph_to_epilogue` translates
-the graph, or says what stopped it.
+The callable is traced with make_fx on a small meta tensor (ROWS, N);
+:mod:`compile_moe.ops.graph_to_epilogue` translates the graph, or says what stopped it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from compile_moe.graph_to_epilogue import ROWS, GraphToEpilogue, NotPointwise
+from compile_moe.ops.graph_to_epilogue import ROWS, GraphToEpilogue, NotPointwise
 
 aten = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""Inductor lowerings of the ops that inductor can fuse: activation and finalize."""
+"""What inductor makes of the ops: lowerings of those that it can fuse, and passes over its graphs."""
 
 if __name__ != "compile_moe.lowering":
     raise ImportError(
@@ -8,8 +8,12 @@ if __name__ != "compile_moe.lowering":
 
 
 def register() -> None:
-    """Register all lowerings; again and again is harmless. Imports inductor."""
-    from compile_moe.lowering import act_and_mul, weight_and_reduce
+    """Register all lowerings, and put the passes where inductor finds them. Imports inductor.
+
+    Called again and again: others may have replaced the passes since, for good or for one compile.
+    """
+    from compile_moe.lowering import act_and_mul, graph_passes, weight_and_reduce
 
     act_and_mul.register()
     weight_and_reduce.register()
+    graph_passes.register()

@@ -6,6 +6,7 @@ ops stay opaque in the graph: correct, but nothing fuses with them.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 
 try:
+    from torch._inductor import config, custom_graph_pass
+    from torch._inductor.custom_graph_pass import CustomGraphPass
     from torch._inductor.ir import Pointwise, TensorBox
     from torch._inductor.lowering import register_lowering
     from torch._inductor.virtualized import V, ops
@@ -20,23 +23,67 @@ try:
     missing: str | None = None
 except ImportError as error:  # pragma: no cover - depends on the torch version
     missing = str(error)
+    CustomGraphPass: Any = object  # type: ignore[no-redef]
 
+_MISSING = (
+    "compile_moe: torch {torch} has another inductor than this version knows ({missing}); its ops stay opaque and "
+    "nothing is fused with them"
+)
 _registered: set[torch._ops.OpOverload] = set()
+_lock = threading.RLock()
 
 
 def lower(op: torch._ops.OpOverload, lowering: Callable[..., Any]) -> None:
     """Register ``lowering`` for ``op``, once."""
-    if op in _registered:
-        return
-    _registered.add(op)
+    with _lock:
+        if op in _registered:
+            return
+        if missing is None:
+            register_lowering(op, type_promotion_kind=None)(lowering)
+        elif not _registered:
+            warnings.warn(_MISSING.format(torch=torch.__version__, missing=missing), stacklevel=2)
+        _registered.add(op)
+
+
+GraphFunction = Callable[[torch.fx.Graph], None]
+
+
+class _Passes(CustomGraphPass):
+    """Functions that rewrite a graph, after ``others``, and what they are to inductor's caches."""
+
+    def __init__(self, functions: Sequence[GraphFunction], identity: str, others: Sequence[Any]) -> None:
+        self.functions = functions
+        self.identity = identity
+        self.others = others
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for function in (*self.others, *self.functions):
+            function(graph)
+
+    def uuid(self) -> Any:
+        identities = [other.uuid() if hasattr(other, "uuid") else None for other in self.others]
+        # None keeps graphs out of the caches, as others ask for by having none.
+        return None if None in identities else (self.identity, *identities)
+
+
+def install_passes(functions: Sequence[GraphFunction], identity: str) -> None:
+    """Let inductor call ``functions`` on each graph after decomposition, behind whatever else it has to call there.
+
+    Args:
+        functions: rewrite a graph in place.
+        identity: part of the key of inductor's caches for everything compiled from now on.
+    """
     if missing is not None:
-        warnings.warn(
-            f"compile_moe: torch {torch.__version__} has another inductor than this version knows ({missing}); "
-            f"{op} stays opaque and nothing is fused with it",
-            stacklevel=2,
-        )
         return
-    register_lowering(op, type_promotion_kind=None)(lowering)
+    slot: Any = config.post_grad_custom_pre_pass
+    others = tuple(slot) if isinstance(slot, (list, tuple)) else () if slot is None else (slot,)
+    if any(isinstance(other, _Passes) for other in others):
+        return
+    # Before torch 2.13 the slot takes one pass.
+    takes_several = hasattr(custom_graph_pass, "get_custom_graph_passes")
+    config.post_grad_custom_pre_pass = (
+        (*others, _Passes(functions, identity, ())) if takes_several else _Passes(functions, identity, others)
+    )
 
 
 def pointwise(
@@ -53,4 +100,4 @@ def static_int(size: Any) -> int:
     return int(guard(size))
 
 
-__all__ = ["TensorBox", "lower", "missing", "ops", "pointwise", "static_int"]
+__all__ = ["TensorBox", "install_passes", "lower", "missing", "ops", "pointwise", "static_int"]

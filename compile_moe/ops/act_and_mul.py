@@ -11,7 +11,6 @@ Returns:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from compile_moe.ops.epilogue import parse

@@ -138,7 +138,7 @@ def _triton_operand(operand: Operand) -> str:
 _STEP = re.compile(r"t(\d+) = (\w+)\(([^()]*)\)")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def parse(text: str) -> Program:
     """Parse a program's text.
 

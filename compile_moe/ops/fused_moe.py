@@ -58,7 +58,9 @@ def check_layer(
         ),
     )
     num_experts, m, _, k, topk = _moe_problem_size(hidden_states, w1, w2, topk_ids)
-    require(num_experts >= 1, lambda: f"w1 and w2 must hold at least one expert, got {shape(w1)} and {shape(w2)}")
+    require(
+        num_experts >= 1, lambda: f"w1 and w2 must hold at least one expert, got {shape(w1)} and {shape(w2)}"
+    )
     require(
         hidden_states.size(1) == k and w1.size(2) == k,
         lambda: (
@@ -87,7 +89,9 @@ def check_layer(
             f"got {global_num_experts}; pass the map from global to local ids"
         ),
     )
-    require(topk <= num_global, lambda: f"topk must be at most the number of experts, {num_global}, got {topk}")
+    require(
+        topk <= num_global, lambda: f"topk must be at most the number of experts, {num_global}, got {topk}"
+    )
     require(
         not apply_router_weight_on_input or topk == 1,
         lambda: f"apply_router_weight_on_input needs topk = 1, got topk = {topk}; weight the outputs instead",
@@ -153,7 +157,14 @@ def _fused_out(
     w2_bias: Tensor | None,
 ) -> Tensor:
     check_layer(
-        hidden_states, w1, w2, topk_weights, topk_ids, global_num_experts, expert_map, apply_router_weight_on_input
+        hidden_states,
+        w1,
+        w2,
+        topk_weights,
+        topk_ids,
+        global_num_experts,
+        expert_map,
+        apply_router_weight_on_input,
     )
     epilogue = resolve(activation)
     check_intermediate(w1, w2, activation, not epilogue.startswith("ungated"))
@@ -209,9 +220,7 @@ def write_reduced(
         )
         return
     # In a graph the functional op fuses, copy included; the mutating overload would be opaque.
-    output.copy_(
-        weight_and_reduce(fused_out, topk_weights, topk_ids, expert_map, num_experts, apply_weights)
-    )
+    output.copy_(weight_and_reduce(fused_out, topk_weights, topk_ids, expert_map, num_experts, apply_weights))
 
 
 def _fused_moe_(

@@ -15,7 +15,6 @@ Returns:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from compile_moe.ops.act_and_mul import check_columns
@@ -49,7 +48,9 @@ def _check(
     check_weight("w1", "(E, N, K)", w1)
     require(
         hidden_states.dim() == 2 and hidden_states.size(1) == w1.size(2),
-        lambda: f"hidden_states must be (M, K) with the K of w1 (E, N, K) = {shape(w1)}, got {shape(hidden_states)}",
+        lambda: (
+            f"hidden_states must be (M, K) with the K of w1 (E, N, K) = {shape(w1)}, got {shape(hidden_states)}"
+        ),
     )
     check_sorted(sorted_slots, expert_offsets, hidden_states.size(0), topk, w1)
     check_columns("w1 (E, N, K)", w1.size(1), epilogue)

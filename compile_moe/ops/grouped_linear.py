@@ -22,7 +22,9 @@ from compile_moe.ops.problem_size import (
 from compile_moe.ops.registry import OutputSpec, define_op
 
 
-def grouped_linear_torch(rows: Tensor, w: Tensor, expert_offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+def grouped_linear_torch(
+    rows: Tensor, w: Tensor, expert_offsets: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """One GEMM an expert that has rows. Rows past the last offset come out as zeros."""
     out = rows.new_zeros((rows.size(0), w.size(1)))
     offsets = expert_offsets.tolist()
@@ -46,13 +48,16 @@ def _check(rows: Tensor, w: Tensor, expert_offsets: Tensor, bias: Tensor | None 
         lambda: f"expert_offsets must be (E + 1,) = ({w.size(0) + 1},), got {shape(expert_offsets)}",
     )
     require_type(
-        expert_offsets.dtype is torch.int32, lambda: f"expert_offsets must be int32, got {expert_offsets.dtype}"
+        expert_offsets.dtype is torch.int32,
+        lambda: f"expert_offsets must be int32, got {expert_offsets.dtype}",
     )
     check_device("rows", rows, expert_offsets=expert_offsets)
     check_bias("bias", bias, "(E, N)", w)
 
 
-def _outputs(rows: Tensor, w: Tensor, expert_offsets: Tensor, bias: Tensor | None = None) -> tuple[OutputSpec, ...]:
+def _outputs(
+    rows: Tensor, w: Tensor, expert_offsets: Tensor, bias: Tensor | None = None
+) -> tuple[OutputSpec, ...]:
     return (((rows.size(0), w.size(1)), rows.dtype),)
 
 

@@ -45,7 +45,7 @@ def _clamped(limit: float, steps: list[str]) -> tuple[str, str]:
     return "t0", "t2"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def program_text(
     name: str, alpha: float | None = None, limit: float | None = None, interleaved: bool | None = None
 ) -> str:
@@ -61,7 +61,9 @@ def program_text(
         ValueError: unknown name, or a parameter that the activation doesn't have.
     """
     if name not in NAMES:
-        raise ValueError(f"activation must be one of {', '.join(NAMES)}, an Activation or a callable, got {name!r}")
+        raise ValueError(
+            f"activation must be one of {', '.join(NAMES)}, an Activation or a callable, got {name!r}"
+        )
     if name not in ("swigluoai", "silu") and (alpha is not None or limit is not None):
         raise ValueError(f"alpha and limit belong to swigluoai and silu; {name!r} takes neither")
     for parameter, value in (("alpha", alpha), ("limit", limit)):

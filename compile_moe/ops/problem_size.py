@@ -32,9 +32,7 @@ def shape(t: Tensor) -> tuple[int, ...]:
     return tuple(t.shape)
 
 
-def _moe_problem_size(
-    a1: Tensor, w1: Tensor, w2: Tensor, topk_ids: Tensor
-) -> tuple[int, int, int, int, int]:
+def _moe_problem_size(a1: Tensor, w1: Tensor, w2: Tensor, topk_ids: Tensor) -> tuple[int, int, int, int, int]:
     """Problem size (E, M, N, K, topk) of an MoE layer.
 
     E and N come from w1, K from ``w2.size(1)`` (never from a trailing dimension, which packed formats such as

@@ -1,9 +1,9 @@
 """Registration of the ops of namespace ``compile_moe``.
 
 An op is declared once, by five functions with the same parameters: ``check`` (raises on bad arguments),
-``outputs`` (shapes and dtypes), ``torch_impl`` (plain PyTorch: returns the results), ``launch`` (CUDA: writes the results into given
-tensors) and nothing else: the functional overload, its fake and the ``.out`` overload follow, so they can't
-drift apart. There are no backward formulas: the autograd rule raises, so that neither eager backward nor a
+``outputs`` (shapes and dtypes), ``torch_impl`` (plain PyTorch: returns the results), ``launch`` (CUDA: writes the
+results into given tensors) and nothing else: the functional overload, its fake and the ``.out`` overload follow, so
+they can't drift apart. There are no backward formulas: the autograd rule raises, so that neither eager backward nor a
 compiled joint graph detaches silently.
 """
 
@@ -20,21 +20,16 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 OutputSpec = tuple[tuple[int, ...], torch.dtype]
 
-_first_fake_callbacks: list[Callable[[], None]] = []
+_fake_callbacks: list[Callable[[], None]] = []
 
 
-def on_first_fake_call(callback: Callable[[], None]) -> None:
-    """Run ``callback`` once, before the first fake (shape-only) call of any op.
+def on_fake_call(callback: Callable[[], None]) -> None:
+    """Run ``callback`` before every fake (shape-only) call of an op; it should be quick once it has done its work.
 
     Tracing always reaches a fake before inductor lowers the graph, so this is where lowerings can be
     registered without importing inductor (about 1.5 s) into processes that never compile.
     """
-    _first_fake_callbacks.append(callback)
-
-
-def _run_first_fake_callbacks() -> None:
-    while _first_fake_callbacks:
-        _first_fake_callbacks.pop()()
+    _fake_callbacks.append(callback)
 
 
 def define_op(
@@ -75,7 +70,8 @@ def define_op(
         return results[0] if single else results
 
     def functional_fake(*args: Any, **kwargs: Any) -> Any:
-        _run_first_fake_callbacks()
+        for callback in _fake_callbacks:
+            callback()
         results = allocate(*args, **kwargs)
         return results[0] if single else results
 

@@ -46,7 +46,9 @@ def _check(
     check_weight("w2", "(E, K, I)", w2)
     require(
         intermediate.dim() == 2 and intermediate.size(1) == w2.size(2),
-        lambda: f"intermediate must be (S, I) with the I of w2 (E, K, I) = {shape(w2)}, got {shape(intermediate)}",
+        lambda: (
+            f"intermediate must be (S, I) with the I of w2 (E, K, I) = {shape(w2)}, got {shape(intermediate)}"
+        ),
     )
     check_sorted(sorted_slots, expert_offsets, num_tokens, topk, w2)
     require(

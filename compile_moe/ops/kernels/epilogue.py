@@ -21,7 +21,7 @@ def epilogue(gate, up):
     return gate
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _build_epilogue(body: str) -> Any:
     """``@triton.jit`` function (gate, up) with the given body lines."""
     source = "def epilogue(gate, up):\n" + textwrap.indent(body, "    ") + "\n"
@@ -33,10 +33,8 @@ def _build_epilogue(body: str) -> Any:
     return triton.jit(namespace["epilogue"])
 
 
-@functools.lru_cache(maxsize=None)
-def with_epilogue(
-    kernel: Callable[..., None], body: str, do_not_specialize: tuple[str, ...] = ()
-) -> Any:
+@functools.cache
+def with_epilogue(kernel: Callable[..., None], body: str, do_not_specialize: tuple[str, ...] = ()) -> Any:
     """``kernel`` (an undecorated kernel function) as a Triton kernel that calls the epilogue with ``body``.
 
     An empty body leaves the placeholder: the gate passes through. Built once for each pair, so that Triton's caches,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -116,9 +115,13 @@ def gather_gemm_kernel(
 
     if HAS_BIAS:
         bias_ptr += expert.to(tl.int64) * stride_be
-        gate += tl.load(bias_ptr + gate_column * stride_bn, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        gate += tl.load(bias_ptr + gate_column * stride_bn, mask=column_mask, other=0.0).to(tl.float32)[
+            None, :
+        ]
         if GATED:
-            up += tl.load(bias_ptr + up_column * stride_bn, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(bias_ptr + up_column * stride_bn, mask=column_mask, other=0.0).to(tl.float32)[
+                None, :
+            ]
     if GATED:
         y = epilogue(gate, up)
     else:
@@ -208,7 +211,11 @@ def gather_gemm(
         zero_skipped,
     )
     candidates = tile_candidates(
-        out.element_size(), out.size(1), 1 if layout == "ungated" else 2, is_vectorized(hidden_states, w1), device_limits(out.device.index)
+        out.element_size(),
+        out.size(1),
+        1 if layout == "ungated" else 2,
+        is_vectorized(hidden_states, w1),
+        device_limits(out.device.index),
     )
     chosen = launch_for(choose_tile(candidates, out.size(0), w1.size(0)), *arguments)
     key = (

@@ -24,12 +24,20 @@ class DeviceLimits(NamedTuple):
     """What bounds a tile on a device."""
 
     shared_memory: int  # bytes a program can use
-    async_mma: bool  # tensor cores that read operands from shared memory: sm_90 and sm_100, not sm_80 and sm_120
+    async_mma: (
+        bool  # tensor cores that read operands from shared memory: sm_90 and sm_100, not sm_80 and sm_120
+    )
 
 
 @triton.jit
 def locate_tile(
-    expert_offsets_ptr, tile, num_slots, num_experts, E_POW2: tl.constexpr, BLOCK_M: tl.constexpr, WITH_SKIPPED: tl.constexpr
+    expert_offsets_ptr,
+    tile,
+    num_slots,
+    num_experts,
+    E_POW2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WITH_SKIPPED: tl.constexpr,
 ):
     """Expert, first row and end row of row tile ``tile``; expert > num_experts where there is none.
 
@@ -70,7 +78,7 @@ def max_row_tiles(num_slots: int, num_groups: int, block_m: int) -> int:
     return min(num_slots, num_slots // block_m + min(num_groups, num_slots))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def device_limits(device_index: int | None) -> DeviceLimits:
     """Limits of a CUDA device; those of an sm_90 device where kernels are interpreted (None)."""
     if device_index is None:
@@ -82,7 +90,7 @@ def device_limits(device_index: int | None) -> DeviceLimits:
 _ROW_TILES = (16, 32, 64, 128)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def tile_candidates(
     itemsize: int, num_columns: int, num_accumulators: int, vectorized: bool, limits: DeviceLimits
 ) -> tuple[Tile, ...]:

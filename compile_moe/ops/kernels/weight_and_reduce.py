@@ -46,7 +46,9 @@ def weight_and_reduce_kernel(
             if HAS_MAP:
                 expert = tl.load(expert_map_ptr + tl.where(valid, expert, 0), mask=valid, other=-1)
                 valid = valid & (expert >= 0) & (expert < num_experts)
-        x = tl.load(x_ptr + token * stride_xm + j * stride_xj + column * stride_xk, mask=mask & valid, other=0.0)
+        x = tl.load(
+            x_ptr + token * stride_xm + j * stride_xj + column * stride_xk, mask=mask & valid, other=0.0
+        )
         term = x.to(tl.float32)
         if APPLY_WEIGHTS:
             weight = tl.load(topk_weights_ptr + token * stride_wm + j * stride_wj, mask=valid, other=0.0)

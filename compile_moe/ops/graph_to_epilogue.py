@@ -8,12 +8,28 @@ node that stopped it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import operator
+import sys
 from typing import Any
 
 import torch
 from torch import fx
 
+from compile_moe.ops.aten_vocabulary import (
+    ADD,
+    BINARY,
+    CASTS,
+    CLAMP,
+    CONSTANTS,
+    FLOATS,
+    LOGICAL,
+    RSUB,
+    SAME_VALUE,
+    SLICES,
+    SUB,
+    UNARY,
+    WHERE,
+)
 from compile_moe.ops.epilogue import Layout, Operand, Program, Step
 
 aten = torch.ops.aten
@@ -26,78 +42,18 @@ class NotPointwise(Exception):
     """The traced graph has no form as an epilogue; the message says why."""
 
 
-_UNARY: dict[Any, str] = {
-    aten.neg.default: "neg",
-    aten.abs.default: "abs",
-    aten.exp.default: "exp",
-    aten.exp2.default: "exp2",
-    aten.expm1.default: "expm1",
-    aten.log.default: "log",
-    aten.log1p.default: "log1p",
-    aten.sqrt.default: "sqrt",
-    aten.rsqrt.default: "rsqrt",
-    aten.reciprocal.default: "reciprocal",
-    aten.sigmoid.default: "sigmoid",
-    aten.tanh.default: "tanh",
-    aten.erf.default: "erf",
-    aten.sin.default: "sin",
-    aten.cos.default: "cos",
-    aten.logical_not.default: "logical_not",
-}
-_BINARY: dict[Any, str] = {
-    aten.mul.Tensor: "mul",
-    aten.mul.Scalar: "mul",
-    aten.div.Tensor: "div",
-    aten.div.Scalar: "div",
-    aten.maximum.default: "maximum",
-    aten.minimum.default: "minimum",
-    **{
-        getattr(getattr(aten, c), o): c
-        for c in ("lt", "le", "gt", "ge", "eq", "ne")
-        for o in ("Tensor", "Scalar")
-    },
-    aten.logical_and.default: "logical_and",
-    aten.logical_or.default: "logical_or",
-    aten.bitwise_and.Tensor: "logical_and",
-    aten.bitwise_or.Tensor: "logical_or",
-    aten.clamp_min.default: "maximum",
-    aten.clamp_max.default: "minimum",
-    aten.clamp_min.Tensor: "maximum",
-    aten.clamp_max.Tensor: "minimum",
-}
-_ADD = (aten.add.Tensor, aten.add.Scalar)
-_SUB = (aten.sub.Tensor, aten.sub.Scalar)
-_RSUB = (aten.rsub.Tensor, aten.rsub.Scalar)
-_SAME_VALUE = (
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.contiguous.default,
-    aten.lift_fresh_copy.default,
-)
-_CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_CONSTANTS: dict[Any, Callable[[Any], float]] = {
-    aten.zeros_like.default: lambda args: 0.0,
-    aten.new_zeros.default: lambda args: 0.0,
-    aten.ones_like.default: lambda args: 1.0,
-    aten.new_ones.default: lambda args: 1.0,
-    aten.scalar_tensor.default: lambda args: args[0],
-    aten.full.default: lambda args: args[1],
-    aten.full_like.default: lambda args: args[1],
-    aten.new_full.default: lambda args: args[2],
-}
-_LOGICAL = ("logical_and", "logical_or", "logical_not")
-
 # Columns of the traced input that a value holds: (first, last + 1, step).
 Columns = tuple[int, int, int]
 
 
 class GraphToEpilogue:
-    """Walks a traced graph once, turning nodes into columns of the input or program steps."""
+    """Walks a graph over gate/up columns (rows, num_columns) once, turning nodes into columns of the input or
+    program steps. ``rows`` may be symbolic.
+    """
 
-    def __init__(self, num_columns: int) -> None:
+    def __init__(self, num_columns: int, rows: Any = ROWS) -> None:
         self.num_columns = num_columns
+        self.rows = rows
         self.columns: dict[fx.Node, Columns] = {}
         self.values: dict[fx.Node, Operand] = {}
         self.chunks: dict[fx.Node, list[Columns]] = {}
@@ -121,7 +77,7 @@ class GraphToEpilogue:
                 val = result.meta.get("val")
                 if val is not None and not val.is_floating_point():
                     raise NotPointwise(f"it returns {val.dtype}, not floating point")
-                if val is not None and tuple(val.shape) != (ROWS, self.width):
+                if val is not None and not self._is_row_of_width(val.shape):
                     raise NotPointwise(
                         f"it returns {tuple(val.shape)} for rows of gate and up of {self.width}"
                     )
@@ -131,26 +87,26 @@ class GraphToEpilogue:
                 raise NotPointwise(f"{node.op} {node.target} is a captured tensor")
         raise AssertionError("a traced graph ends with an output")
 
+    def _is_row_of_width(self, shape: Any) -> bool:
+        # Nothing here changes a symbolic number of rows.
+        rows_fit = len(shape) == 2 and (not isinstance(self.rows, int) or shape[0] == self.rows)
+        return rows_fit and shape[1] == self.width
+
     def _call(self, node: fx.Node) -> None:
         target: Any = node.target
-        if target in (
-            aten.slice.Tensor,
-            aten.split.Tensor,
-            aten.split_with_sizes.default,
-            aten.chunk.default,
-        ):
+        if target in SLICES:
             self._slice(node, target)
-        elif getattr(target, "__name__", "") == "getitem":
+        elif target is operator.getitem:
             self.columns[node] = self.chunks[node.args[0]][node.args[1]]  # type: ignore[index]
-        elif target in _SAME_VALUE:
+        elif target in SAME_VALUE:
             self._forward(node)
-        elif target in _CASTS:
+        elif target in CASTS:
             dtype = node.kwargs.get("dtype", node.args[1] if len(node.args) > 1 else None)
-            if dtype not in _FLOATS:
+            if dtype not in FLOATS:
                 raise NotPointwise(f"{node.format_node()} casts to {dtype}")
             self._forward(node)
-        elif target in _CONSTANTS:
-            fill: Any = _CONSTANTS[target]
+        elif target in CONSTANTS:
+            fill: Any = CONSTANTS[target]
             self.values[node] = float(fill(node.args))
         else:
             self._pointwise(node, target)
@@ -164,6 +120,9 @@ class GraphToEpilogue:
 
     def _slice(self, node: fx.Node, target: Any) -> None:
         source: Any = node.args[0]
+        if isinstance(self.values.get(source), float) and target is aten.slice.Tensor:
+            self.values[node] = self.values[source]
+            return
         if source not in self.columns:
             raise NotPointwise(f"{node.format_node()} slices a computed value")
         first, last, step = self.columns[source]
@@ -174,12 +133,12 @@ class GraphToEpilogue:
             start: Any = arguments.get("start")
             end: Any = arguments.get("end")
             stride: Any = arguments.get("step", 1)
-            begin, stop, _ = slice(start, end).indices(width if dim % 2 == 1 else ROWS)
             if dim % 2 == 0:
-                if (begin, stop, stride) != (0, ROWS, 1):
+                if not self._is_all_rows(start, end, stride):
                     raise NotPointwise(f"{node.format_node()} selects rows")
                 self.columns[node] = (first, last, step)
                 return
+            begin, stop, _ = slice(start, end).indices(width)
             self.columns[node] = (first + begin * step, min(first + stop * step, last), step * stride)
             return
         arguments = dict(zip(("sizes", "dim"), node.args[1:], strict=False)) | node.kwargs
@@ -196,6 +155,11 @@ class GraphToEpilogue:
             pieces.append((at, min(at + size * step, last), step))
             at += size * step
         self.chunks[node] = pieces
+
+    def _is_all_rows(self, start: Any, end: Any, stride: Any) -> bool:
+        if not isinstance(self.rows, int):
+            return start in (None, 0) and end in (None, sys.maxsize) and stride == 1
+        return (*slice(start, end).indices(self.rows)[:2], stride) == (0, self.rows, 1)
 
     def _input(self, columns: Columns, node: fx.Node) -> str:
         """gate or up, fixing the layout at the first use."""
@@ -240,21 +204,21 @@ class GraphToEpilogue:
         args = node.args
         if any(isinstance(a, complex) for a in args):
             raise NotPointwise(f"{node.format_node()} is complex")
-        if target in _UNARY:
-            value: Operand = self._emit(_UNARY[target], self._operand(args[0], node))
-        elif target in _BINARY and not node.kwargs:
-            op = _BINARY[target]
+        if target in UNARY:
+            value: Operand = self._emit(UNARY[target], self._operand(args[0], node))
+        elif target in BINARY and not node.kwargs:
+            op = BINARY[target]
             operands = [self._operand(a, node) for a in args[:2]]
-            if op in _LOGICAL and not all(_is_bool(a) for a in args[:2]):
+            if op in LOGICAL and not all(_is_bool(a) for a in args[:2]):
                 raise NotPointwise(f"{node.format_node()} combines values that are not comparisons")
             value = self._emit(op, *operands)
-        elif target in (*_ADD, *_SUB, *_RSUB):
+        elif target in (*ADD, *SUB, *RSUB):
             value = self._add(node, target)
-        elif target in (aten.relu.default,):
+        elif target is aten.relu.default:
             value = self._emit("maximum", self._operand(args[0], node), 0.0)
-        elif target in (aten.clamp.default, aten.clamp.Tensor):
+        elif target in CLAMP:
             value = self._clamp(node)
-        elif target in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar):
+        elif target in WHERE:
             if not _is_bool(args[0]):
                 raise NotPointwise(f"{node.format_node()} selects by a value that is no comparison")
             value = self._emit("where", *(self._operand(a, node) for a in args[:3]))
@@ -271,12 +235,12 @@ class GraphToEpilogue:
     def _add(self, node: fx.Node, target: Any) -> Operand:
         left, right = (self._operand(a, node) for a in node.args[:2])
         alpha: Any = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
-        if target in _RSUB:
+        if target in RSUB:
             scaled = left if alpha == 1 else self._emit("mul", left, float(alpha))
             return self._emit("sub", right, scaled)
         if alpha != 1:
             right = self._emit("mul", right, float(alpha))
-        return self._emit("add" if target in _ADD else "sub", left, right)
+        return self._emit("add" if target in ADD else "sub", left, right)
 
     def _clamp(self, node: fx.Node) -> Operand:
         bounds = dict(zip(("min", "max"), node.args[1:], strict=False)) | node.kwargs

@@ -1,0 +1,27 @@
+"""The passes over inductor's graphs, and the library's identity in inductor's caches."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+
+from compile_moe.lowering.fuse_epilogue import fuse_epilogue
+from compile_moe.lowering.inductor_compat import GraphFunction, install_passes
+
+#: In the order of their application.
+PASSES: tuple[GraphFunction, ...] = (fuse_epilogue,)
+
+
+@functools.cache
+def source_hash() -> str:
+    """Hash of the library's sources. Graphs compiled by other sources, with other fakes or lowerings, are stale."""
+    package = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def register() -> None:
+    install_passes(PASSES, source_hash())
