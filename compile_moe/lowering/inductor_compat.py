@@ -24,6 +24,7 @@ try:
 except ImportError as error:  # pragma: no cover - depends on the torch version
     missing = str(error)
     CustomGraphPass: Any = object  # type: ignore[no-redef]
+    Pointwise = TensorBox = V = ops = register_lowering = None  # type: ignore[assignment,misc]
 
 _MISSING = (
     "compile_moe: torch {torch} has another inductor than this version knows ({missing}); its ops stay opaque and "
