@@ -1,5 +1,10 @@
 """compile_moe: fused Mixture-of-Experts layers that torch.compile sees through."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 from compile_moe import integrations, routers
 from compile_moe.activations import Activation
 from compile_moe.experts import TorchExperts, TritonExperts
@@ -15,6 +20,9 @@ from compile_moe.ops.registry import on_fake_call
 from compile_moe.prepare_finalize import MoEPrepareAndFinalizeNoEP
 from compile_moe.warm_up import warm_up
 
+if TYPE_CHECKING:
+    from compile_moe.lowering.explain import Explanation
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -27,11 +35,21 @@ __all__ = [
     "TorchExperts",
     "TritonExperts",
     "_moe_problem_size",
+    "explain",
     "fused_experts",
     "integrations",
     "routers",
     "warm_up",
 ]
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Compile ``function`` for these arguments and say which kernels it has: see
+    :func:`compile_moe.lowering.explain.explain`.
+    """
+    from compile_moe.lowering.explain import explain
+
+    return explain(function, *args, **kwargs)
 
 
 def _register_lowerings() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 from compile_moe.activation_tracing import trace, trace_cached
 from compile_moe.graph_constants import constant_in_graphs
 from compile_moe.ops.named_activations import program_text
-from compile_moe.ops.problem_size import require, require_type, shape
+from compile_moe.ops.problem_size import require_type, shape
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def resolve_activation(activation: ActivationLike, num_columns: int, like: Tenso
         raise TypeError(
             f"activation must be a name, a compile_moe.Activation or a callable, got {type(activation).__name__}"
         )
+    # Dynamo hands a size over as a constant only once something has asked for its value.
+    num_columns = operator.index(num_columns)
     is_method = isinstance(activation, types.MethodType)
     function, owner = activation, None
     if isinstance(activation, types.MethodType):
@@ -125,11 +128,10 @@ def call_activation(function: Callable[[Tensor], Tensor], gate_up: Tensor, num_c
     require_type(
         isinstance(result, Tensor), lambda: f"activation must return a tensor, got {type(result).__name__}"
     )
-    require(
-        result.dim() == 2 and result.size(1) == num_columns and result.size(0) == gate_up.size(0),
-        lambda: (
+    # A plain raise, which dynamo traces with any message.
+    if result.dim() != 2 or result.size(1) != num_columns or result.size(0) != gate_up.size(0):
+        raise ValueError(
             f"activation must return (S, I) = {(gate_up.size(0), num_columns)} for gate_up {shape(gate_up)}, "
             f"got {shape(result)}"
-        ),
-    )
+        )
     return result.to(gate_up.dtype)

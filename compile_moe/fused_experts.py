@@ -65,7 +65,7 @@ def fused_experts(
     refuse_quant_config(quant_config)
     require_tensors(hidden_states=hidden_states, w1=w1, w2=w2, topk_weights=topk_weights, topk_ids=topk_ids)
     require(w1.dim() == 3, lambda: f"w1 must be (E, N, K), got {shape(w1)}")
-    resolved = resolve_activation(activation, int(w1.size(1)), hidden_states)
+    resolved = resolve_activation(activation, w1.size(1), hidden_states)
     if resolved.function is not None:
         kernel = FusedMoEModularKernel(MoEPrepareAndFinalizeNoEP(), TritonExperts(w1_bias, w2_bias))
         return kernel(

@@ -130,11 +130,11 @@ class FusedMoEPermuteExpertsUnpermute(ABC):
         Raises:
             ValueError: unknown activation, or an output of another shape.
         """
-        resolved = resolve_activation(activation, int(input.size(-1)), input)
+        resolved = resolve_activation(activation, input.size(-1), input)
         if resolved.function is None:
             result = act_and_mul(input, resolved.epilogue)
         else:
-            result = call_activation(resolved.function, input, int(output.size(-1)))
+            result = call_activation(resolved.function, input, output.size(-1))
         if result.shape != output.shape:
             raise ValueError(
                 f"activation of {shape(input)} gives {shape(result)}, but output is {shape(output)}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -115,11 +116,30 @@ def test_automatic_dynamic_compiles_at_most_three_times(device: str) -> None:
     assert compiles <= 3
 
 
+ACTIVATIONS: dict[str, Any] = {
+    "named": "silu",
+    "fused": lambda gate_up: F.silu(gate_up.chunk(2, -1)[0]) * gate_up.chunk(2, -1)[1],
+    "unfused": lambda gate_up: F.silu(gate_up.chunk(2, -1)[0]).flip(0).flip(0) * gate_up.chunk(2, -1)[1],
+}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dynamic", [True, False, None])
-def test_dynamic_settings(dynamic: bool | None, device: str) -> None:
+def test_dynamic_settings(dynamic: bool | None, activation: str, backend: str, device: str) -> None:
+    """The weights are arguments: dynamic=True makes all of their sizes dynamic."""
     layer = make_layer(device=device)
-    compiled = torch.compile(compile_moe.fused_experts, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    assert_as_accurate(compiled(*layer.args), layer)
+    compiled = torch.compile(compile_moe.fused_experts, fullgraph=True, dynamic=dynamic, backend=backend)
+    assert_as_accurate(compiled(*layer.args, activation=ACTIVATIONS[activation]), layer)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_activation_of_a_wrong_width(dynamic: bool, device: str) -> None:
+    layer = make_layer(device=device)
+    compiled = torch.compile(compile_moe.fused_experts, dynamic=dynamic, backend="eager")
+    for function in (compile_moe.fused_experts, compiled):
+        with pytest.raises(ValueError, match=r"activation must return \(S, I\) = .*, got \(\d+, 3\)"):
+            function(*layer.args, activation=lambda gate_up: gate_up[:, :3].cumsum(-1))
 
 
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

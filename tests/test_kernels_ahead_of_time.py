@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from compile_moe.ops.epilogue import parse
-from compile_moe.ops.kernels import act_and_mul, gather_gemm, scatter_gemm, sort_tokens, weight_and_reduce
+from compile_moe.ops.kernels import (
+    act_and_mul,
+    gather_gemm,
+    route_and_sort_tokens,
+    route_tokens,
+    scatter_gemm,
+    sort_tokens,
+    weight_and_reduce,
+)
 from compile_moe.ops.kernels.launch import Launch
 from compile_moe.ops.kernels.tiles import DeviceLimits, is_vectorized, tile_candidates
 from compile_moe.ops.named_activations import NAMES, program_text
@@ -91,3 +99,33 @@ def test_sort_and_finalize(capability: int, mapped: bool) -> None:
     compile_launch(
         weight_and_reduce.launch_for(out, fused_out, weights, ids, expert_map, e, True), capability
     )
+
+
+# E, topk, scoring, groups, groups of a token.
+ROUTERS = {
+    "qwen3-30b": (128, 8, "softmax", 1, 1),
+    "gpt-oss-120b": (128, 4, "topk_softmax", 1, 1),
+    "deepseek-v3": (256, 8, "sigmoid", 8, 4),
+    "odd-groups": (35, 3, "sigmoid", 5, 2),
+    "one-expert": (1, 1, "softmax", 1, 1),
+    "1000-experts-topk32": (1000, 32, "softmax", 1, 1),
+}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_router(router: str, capability: int) -> None:
+    e, topk, scoring, num_groups, topk_group = ROUTERS[router]
+    if capability != 90 and router not in ("qwen3-30b", "deepseek-v3"):
+        pytest.skip("every router for sm_90, two for each architecture")
+    m = 5
+    logits = empty(m, e, dtype=torch.bfloat16)
+    bias = empty(e, dtype=torch.float32) if scoring == "sigmoid" else None
+    weights, ids = empty(m, topk, dtype=torch.float32), empty(m, topk, dtype=torch.int64)
+    constants = route_tokens.routing_constants(e, topk, scoring, bias, num_groups, topk_group, True)
+    arguments = route_tokens.routing_arguments(weights, ids, logits, bias, 2.5)
+    compile_launch(route_tokens.launch_for(arguments, constants), capability)
+    singles = route_and_sort_tokens.single_launches(empty(m * topk), empty(e + 1), arguments, constants)
+    assert singles
+    for launch in singles.values():
+        compile_launch(launch, capability)

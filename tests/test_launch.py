@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from compile_moe.ops import act_and_mul, gather_gemm, scatter_gemm, sort_tokens, weight_and_reduce
+from compile_moe.ops import (
+    act_and_mul,
+    gather_gemm,
+    route_and_sort_tokens,
+    route_tokens,
+    scatter_gemm,
+    sort_tokens,
+    weight_and_reduce,
+)
 from compile_moe.ops.named_activations import program_text
 from tests.support.launchers import launch
 from tests.support.oracle import Layer, make_layer
@@ -76,3 +84,32 @@ def test_first_call_inside_a_capture_raises() -> None:
         assert gpu.launched == ["act_and_mul_kernel"] * 2
         with pytest.raises(RuntimeError, match="act_and_mul"):
             launch(act_and_mul, gate_up, program_text("gelu"))
+
+
+@pytest.mark.parametrize("first", [1, 30, 3000])
+def test_routers_compile_nothing_for_other_token_counts(first: int) -> None:
+    routing = 2, "softmax"
+    with simulated_gpu() as gpu:
+        for op in (route_tokens, route_and_sort_tokens):
+            launch(op, torch.randn(first, 8), *routing)
+        loaded = list(gpu.loaded)
+        gpu.capturing = True
+        for m in (1, 2, 8, 9, 64, 65, 2048, 2049, 6000):
+            for op in (route_tokens, route_and_sort_tokens):
+                launch(op, torch.randn(m, 8), *routing)
+            assert gpu.loaded == loaded, f"M = {m} loaded another variant"
+
+
+def test_router_and_sort_are_one_launch_for_few_tokens() -> None:
+    with simulated_gpu() as gpu:
+        launch(route_tokens, torch.randn(0, 8), 2, "softmax")
+        assert gpu.launched == []
+        for m in (0, 1, 64):
+            launch(route_and_sort_tokens, torch.randn(m, 8), 2, "softmax")
+        assert gpu.launched == ["route_and_sort_kernel"] * 3
+        gpu.launched.clear()
+        launch(route_and_sort_tokens, torch.randn(65, 8), 2, "softmax")
+        assert gpu.launched == ["route_tokens_kernel", "_sort_small"]
+        gpu.launched.clear()
+        launch(route_and_sort_tokens, torch.randn(3000, 8), 2, "softmax")
+        assert gpu.launched == ["route_tokens_kernel", "_block_histograms", "_scan_blocks", "_scatter_slots"]

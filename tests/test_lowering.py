@@ -101,12 +101,9 @@ class TestBlock(expecttest.TestCase):
             "\n".join(describe(generated)),
             """\
 triton
-triton
-triton
 triton weight_and_reduce
 extern_kernels.mm
-torch.ops.aten.topk.default
-torch.ops.compile_moe.sort_tokens.default
+torch.ops.compile_moe.route_and_sort_tokens.default
 torch.ops.compile_moe.gather_gemm.default
 torch.ops.compile_moe.scatter_gemm.default""",
         )

@@ -12,9 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import compile_moe
 from compile_moe import routers
+from compile_moe.ops import route_and_sort_tokens, route_tokens, sort_tokens
+from compile_moe.ops.route_tokens import MAX_EXPERTS
 from compile_moe.routers import Routing, sigmoid_grouped_topk, softmax_topk, topk_softmax
 
 E = 16
@@ -135,6 +138,57 @@ def test_no_token_and_one_token(case: str, num_tokens: int, device: str) -> None
     routing, whole = router(logits[:num_tokens], **options), router(logits, **options)
     assert routing.topk_ids.shape == routing.topk_weights.shape == (num_tokens, options["topk"])
     assert_routing(routing, (whole.topk_weights[:num_tokens], whole.topk_ids[:num_tokens]))
+
+
+@each_case
+@pytest.mark.parametrize("num_tokens", [0, 1, 8, 9, 64, 65, 3000])
+def test_with_the_sort_in_one_op(case: str, num_tokens: int, device: str) -> None:
+    """Whatever number of kernels it takes: the same bits as from both ops."""
+    router, options = CASES[case]
+    scoring = {softmax_topk: "softmax", topk_softmax: "topk_softmax", sigmoid_grouped_topk: "sigmoid"}[router]
+    logits, options = torch.randn(num_tokens, E, device=device), on(device, options)
+    options.setdefault("renormalize", router is sigmoid_grouped_topk)
+    weights, ids, slots, offsets = route_and_sort_tokens(logits, scoring=scoring, **options)
+    expected = route_tokens(logits, scoring=scoring, **options)
+    assert torch.equal(weights, expected[0]) and torch.equal(ids, expected[1])
+    expected = sort_tokens(ids, E)
+    assert torch.equal(slots, expected[0]) and torch.equal(offsets, expected[1])
+
+
+def ops_called(function: Callable[[], Any]) -> list[str]:
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if op.namespace == "compile_moe":
+                called.append(op._opname)
+            return op(*args, **(kwargs or {}))
+
+    called: list[str] = []
+    with Recorder():
+        function()
+    return called
+
+
+@each_case
+def test_one_op_unless_a_gradient_is_asked_for(case: str, device: str) -> None:
+    router, options = CASES[case]
+    logits, options = distinct_logits(5).to(device), on(device, options)
+    assert ops_called(lambda: router(logits, **options)) == ["route_tokens"]
+    logits.requires_grad_()
+    with torch.no_grad():
+        assert ops_called(lambda: router(logits, **options)) == ["route_tokens"]
+    assert ops_called(lambda: router(logits, **options)) == []
+    router(logits, **options).topk_weights.square().sum().backward()
+    assert logits.grad is not None and logits.grad.isfinite().all()
+    if options.get("correction_bias") is not None:
+        options["correction_bias"] = options["correction_bias"].clone().requires_grad_()
+        assert ops_called(lambda: router(logits.detach(), **options)) == []
+
+
+def test_more_experts_than_the_op_takes(device: str) -> None:
+    logits = torch.randn(2, MAX_EXPERTS + 1, device=device)
+    assert ops_called(lambda: softmax_topk(logits, 3)) == []
+    with pytest.raises(ValueError, match=f"at most {MAX_EXPERTS} experts, got \\(2, {MAX_EXPERTS + 1}\\)"):
+        route_tokens(logits, 3, "softmax")
 
 
 TRANSFORMERS = {

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._dynamo
 
+from compile_moe.ops import route_and_sort_tokens, route_tokens
 from compile_moe.routers import sigmoid_grouped_topk, softmax_topk, topk_softmax
 
 ROUTERS = (softmax_topk, topk_softmax, sigmoid_grouped_topk)
@@ -78,6 +79,24 @@ def test_bad_input(name: str) -> None:
     router, (changes, error, message) = BAD_CALLS[name]
     with pytest.raises(error, match=re.escape(message)):
         router(**{"router_logits": torch.zeros(3, 8), "topk": 2, **changes})
+
+
+#: Of the ops, which the routers' functions don't let happen.
+BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "scoring": ({"scoring": "tanh"}, "scoring must be one of softmax, topk_softmax, sigmoid, got 'tanh'"),
+    "bias": ({"correction_bias": torch.zeros(8)}, "need scoring='sigmoid', got 'softmax'; leave them out"),
+    "groups": ({"num_expert_group": 2, "topk_group": 2}, "need scoring='sigmoid', got 'softmax'"),
+}
+
+
+@pytest.mark.parametrize("op", [route_tokens, route_and_sort_tokens], ids=str)
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_options_of_the_op(name: str, op: torch._ops.OpOverload) -> None:
+    changes, message = BAD_OPTIONS[name]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        op(torch.zeros(3, 8), 2, **{"scoring": "softmax", **changes})
+    with pytest.raises(TypeError, match=re.escape("router_logits must be one of torch.bfloat16, ")):
+        op(torch.zeros(3, 8).to(torch.float8_e4m3fn), 2, "softmax")
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

@@ -71,7 +71,7 @@ def load(
     try:
         integration.register()
     except ImportError as error:
-        raise Refusal(_one_line(error)) from error
+        raise Refusal(one_line(error)) from error
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -158,9 +158,9 @@ def _make(build: Any) -> Any:
     except Exception as error:
         # Anything: unknown experts, a damaged file, a checkpoint that doesn't fit its config.
         raise Refusal(
-            f"transformers can't load this model: {type(error).__name__}: {_one_line(error)}"
+            f"transformers can't load this model: {type(error).__name__}: {one_line(error)}"
         ) from error
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())

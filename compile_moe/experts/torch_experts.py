@@ -45,7 +45,7 @@ class TorchExperts(UnquantizedExperts):
             intermediate = gate_up.new_zeros((gate_up.size(0), w2.size(2)))
             self.activation(activation, intermediate, gate_up)
         else:
-            epilogue, function, _ = resolve_activation(activation, int(w1.size(1)), hidden_states)
+            epilogue, function, _ = resolve_activation(activation, w1.size(1), hidden_states)
             if function is None:
                 check_intermediate(w1, w2, activation, not epilogue.startswith("ungated"))
                 intermediate = evaluate_steps(*_program(epilogue), gate_up)

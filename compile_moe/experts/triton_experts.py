@@ -31,7 +31,7 @@ class TritonExperts(UnquantizedExperts):
     ) -> Tensor:
         function = None
         if not self.overrides_activation:
-            epilogue, function, _ = resolve_activation(activation, int(w1.size(1)), hidden_states)
+            epilogue, function, _ = resolve_activation(activation, w1.size(1), hidden_states)
             if function is None:
                 check_intermediate(w1, w2, activation, not epilogue.startswith("ungated"))
                 return run_experts(

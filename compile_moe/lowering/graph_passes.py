@@ -7,10 +7,11 @@ import hashlib
 from pathlib import Path
 
 from compile_moe.lowering.fuse_epilogue import fuse_epilogue
+from compile_moe.lowering.fuse_router import fuse_router, fuse_router_and_sort
 from compile_moe.lowering.inductor_compat import GraphFunction, install_passes
 
 #: In the order of their application.
-PASSES: tuple[GraphFunction, ...] = (fuse_epilogue,)
+PASSES: tuple[GraphFunction, ...] = (fuse_router, fuse_router_and_sort, fuse_epilogue)
 
 
 @functools.cache

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
 try:
     from torch._inductor import config, custom_graph_pass
     from torch._inductor.custom_graph_pass import CustomGraphPass
+    from torch._inductor.graph import GraphLowering
     from torch._inductor.ir import Pointwise, TensorBox
     from torch._inductor.lowering import register_lowering
     from torch._inductor.virtualized import V, ops
@@ -24,7 +27,7 @@ try:
 except ImportError as error:  # pragma: no cover - depends on the torch version
     missing = str(error)
     CustomGraphPass: Any = object  # type: ignore[no-redef]
-    Pointwise = TensorBox = V = ops = register_lowering = None  # type: ignore[assignment,misc]
+    GraphLowering = Pointwise = TensorBox = V = ops = register_lowering = None  # type: ignore[assignment,misc]
 
 _MISSING = (
     "compile_moe: torch {torch} has another inductor than this version knows ({missing}); its ops stay opaque and "
@@ -101,4 +104,81 @@ def static_int(size: Any) -> int:
     return int(guard(size))
 
 
-__all__ = ["TensorBox", "install_passes", "lower", "missing", "ops", "pointwise", "static_int"]
+class ScheduledKernel(NamedTuple):
+    """What inductor decided to run as one: a kernel that it generates, or one call of an op or a library."""
+
+    generated: bool
+    name: str  # of the op or library function; "" where generated
+    origins: tuple[torch.fx.Node, ...]  # operations of the graph that are computed in it, in no order
+
+
+class _Scheduled(Exception):
+    """Stops the compilation: the kernels are known."""
+
+
+@contextmanager
+def scheduled_kernels() -> Iterator[list[ScheduledKernel]]:
+    """The kernels of the graph that the body compiles, in the order of their execution.
+
+    The body ends where inductor would load the generated code, and nothing runs: tensors may be fake.
+
+    Raises:
+        NotImplementedError: this torch has another inductor than this version knows.
+    """
+    if missing is not None:
+        raise NotImplementedError(_MISSING.format(torch=torch.__version__, missing=missing))
+    kernels: list[ScheduledKernel] = []
+    finished = False
+
+    def collect(nodes: list[Any]) -> list[Any]:
+        kernels.extend(filter(None, map(_scheduled_kernel, nodes)))
+        return nodes
+
+    def stop(graph: Any) -> None:
+        nonlocal finished
+        graph.codegen_with_cpp_wrapper() if graph.cpp_wrapper else graph.codegen()
+        finished = True
+        raise _Scheduled
+
+    patches: dict[str, Any] = {
+        "_post_fusion_custom_pass": collect,
+        "compile_threads": 1,
+        "fx_graph_cache": False,
+        "shape_padding": False,  # padding is chosen by benchmarks, which fake tensors can't run
+    }
+    with (
+        config.patch(patches),
+        torch._functorch.config.patch({"enable_autograd_cache": False}),
+        mock.patch.object(GraphLowering, "compile_to_module", stop),
+    ):
+        try:
+            yield kernels
+        except Exception:
+            # Dynamo wraps the exception that stops it.
+            if not finished:
+                raise
+
+
+def _scheduled_kernel(node: Any) -> ScheduledKernel | None:
+    origins = {origin for part in node.get_nodes() if part.node for origin in part.node.get_origins()}
+    if not node.is_extern():
+        is_nothing = type(node).__name__ == "NopKernelSchedulerNode"
+        return None if is_nothing else ScheduledKernel(True, "", tuple(origins))
+    if type(node.node).__name__ == "MultiOutput":  # one result of a call
+        return None
+    overload = getattr(node.node, "op_overload", None)
+    name = str(overload or node.node.python_kernel_name or type(node.node).__name__)
+    return ScheduledKernel(False, name.removesuffix(".default"), tuple(origins))
+
+
+__all__ = [
+    "ScheduledKernel",
+    "TensorBox",
+    "install_passes",
+    "lower",
+    "missing",
+    "ops",
+    "pointwise",
+    "scheduled_kernels",
+    "static_int",
+]

@@ -14,6 +14,8 @@ from compile_moe.ops.act_and_mul import act_and_mul
 from compile_moe.ops.fused_moe import fused_moe, fused_moe_
 from compile_moe.ops.gather_gemm import gather_gemm
 from compile_moe.ops.problem_size import _moe_problem_size
+from compile_moe.ops.route_and_sort_tokens import route_and_sort_tokens
+from compile_moe.ops.route_tokens import route_tokens
 from compile_moe.ops.scatter_gemm import scatter_gemm
 from compile_moe.ops.sort_tokens import sort_tokens
 from compile_moe.ops.weight_and_reduce import weight_and_reduce
@@ -24,6 +26,8 @@ __all__ = [
     "fused_moe",
     "fused_moe_",
     "gather_gemm",
+    "route_and_sort_tokens",
+    "route_tokens",
     "scatter_gemm",
     "sort_tokens",
     "weight_and_reduce",

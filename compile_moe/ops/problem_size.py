@@ -20,7 +20,16 @@ def require(condition: bool, message: Callable[[], str]) -> None:
     """
     if condition is True:
         return
-    torch._check_with(ValueError, condition, message)
+    if not torch.compiler.is_dynamo_compiling():
+        torch._check_with(ValueError, condition, message)
+        return
+    # Here, because it costs half a second; while dynamo traces, it is there.
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    # Dynamo takes messages of run-time assertions only if they are constant.
+    if not guard_or_true(condition):
+        raise ValueError(message())
+    torch._check(condition)
 
 
 def require_type(condition: bool, message: Callable[[], str]) -> None:

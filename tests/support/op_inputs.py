@@ -41,7 +41,13 @@ def stage_inputs(layer: Layer) -> dict[str, tuple[Any, ...]]:
     gate_up = torch.randn(m * topk, w1.size(1), device=x.device).to(x.dtype)
     rows = torch.randn(m * topk, w2.size(2), device=x.device).to(x.dtype)
     fused_out = torch.randn(m, topk, w2.size(1), device=x.device).to(x.dtype)
+    num_experts = w1.size(0)
+    logits = torch.randn(m, num_experts, device=x.device).to(x.dtype)
+    bias = torch.rand(num_experts, device=x.device)
+    router = (logits, min(topk, num_experts), "sigmoid", bias, 1, 1, True, 2.5)
     return {
+        "route_tokens": router,
+        "route_and_sort_tokens": router,
         "sort_tokens": (ids, w1.size(0), layer.expert_map),
         "gather_gemm": (x, w1, slots, offsets, topk, layer.w1_bias, epilogue, True),
         "act_and_mul": (gate_up, epilogue),

@@ -21,7 +21,16 @@ CHUNK = 32
 
 @triton.jit
 def _local_expert(
-    topk_ids_ptr, expert_map_ptr, slot, mask, topk, stride_im, stride_ij, num_global, num_experts, HAS_MAP: tl.constexpr
+    topk_ids_ptr,
+    expert_map_ptr,
+    slot,
+    mask,
+    topk,
+    stride_im,
+    stride_ij,
+    num_global,
+    num_experts,
+    HAS_MAP: tl.constexpr,
 ):
     """Local expert of each slot (int32); num_experts where it is skipped or masked off."""
     token = slot // topk
@@ -59,7 +68,16 @@ def _sort_small(
     if pid < slot_programs:
         slot = pid * BLOCK + lane
         expert = _local_expert(
-            topk_ids_ptr, expert_map_ptr, slot, slot < num_slots, topk, stride_im, stride_ij, num_global, num_experts, HAS_MAP
+            topk_ids_ptr,
+            expert_map_ptr,
+            slot,
+            slot < num_slots,
+            topk,
+            stride_im,
+            stride_ij,
+            num_global,
+            num_experts,
+            HAS_MAP,
         )
         rank = tl.zeros((BLOCK,), dtype=tl.int32)
         for first in range(0, num_slots, CHUNK):
@@ -123,7 +141,16 @@ def _block_histograms(
     block = tl.program_id(0)
     slot = block * BLOCK + tl.arange(0, BLOCK)
     expert = _local_expert(
-        topk_ids_ptr, expert_map_ptr, slot, slot < num_slots, topk, stride_im, stride_ij, num_global, num_experts, HAS_MAP
+        topk_ids_ptr,
+        expert_map_ptr,
+        slot,
+        slot < num_slots,
+        topk,
+        stride_im,
+        stride_ij,
+        num_global,
+        num_experts,
+        HAS_MAP,
     )
     for first in range(0, num_experts + 1, CHUNK):
         bucket = first + tl.arange(0, CHUNK)
@@ -174,7 +201,16 @@ def _scatter_slots(
     slot = block * BLOCK + lane
     valid = slot < num_slots
     expert = _local_expert(
-        topk_ids_ptr, expert_map_ptr, slot, valid, topk, stride_im, stride_ij, num_global, num_experts, HAS_MAP
+        topk_ids_ptr,
+        expert_map_ptr,
+        slot,
+        valid,
+        topk,
+        stride_im,
+        stride_ij,
+        num_global,
+        num_experts,
+        HAS_MAP,
     )
     destination = tl.load(counts_ptr + expert.to(tl.int64) * num_blocks + block, mask=valid, other=0)
     running = tl.zeros((), dtype=tl.int32)
@@ -206,7 +242,11 @@ def _scatter_slots(
 
 
 def launches(
-    sorted_slots: Tensor, expert_offsets: Tensor, topk_ids: Tensor, num_experts: int, expert_map: Tensor | None
+    sorted_slots: Tensor,
+    expert_offsets: Tensor,
+    topk_ids: Tensor,
+    num_experts: int,
+    expert_map: Tensor | None,
 ) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
     """The launches for few and for many slots."""
     m, topk = topk_ids.shape
@@ -235,7 +275,9 @@ def launches(
             (counts, *ids, num_slots, num_blocks, *sizes),
             {**constants, "num_warps": 8},
         ),
-        Launch(_scan_blocks, (num_experts + 1,), (counts, totals, num_blocks), {"CHUNK": 1024, "num_warps": 4}),
+        Launch(
+            _scan_blocks, (num_experts + 1,), (counts, totals, num_blocks), {"CHUNK": 1024, "num_warps": 4}
+        ),
         Launch(
             _scatter_slots,
             (num_blocks,),
@@ -247,7 +289,11 @@ def launches(
 
 
 def sort_tokens(
-    sorted_slots: Tensor, expert_offsets: Tensor, topk_ids: Tensor, num_experts: int, expert_map: Tensor | None
+    sorted_slots: Tensor,
+    expert_offsets: Tensor,
+    topk_ids: Tensor,
+    num_experts: int,
+    expert_map: Tensor | None,
 ) -> None:
     """Launch the sort into sorted_slots (S,) and expert_offsets (E + 1,), both int32 and contiguous."""
     small, large = launches(sorted_slots, expert_offsets, topk_ids, num_experts, expert_map)

@@ -1,0 +1,145 @@
+"""Routing and the token sort in one launch of one program, for few tokens; else the kernels of both, in turn.
+
+One program has all choices in its registers, as a matrix of tokens and experts. A token chooses an expert at most
+once, so the place of a slot is the start of its expert plus the earlier tokens in that expert's column.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compile_moe.ops.kernels import sort_tokens as sort
+from compile_moe.ops.kernels.launch import Launch, launch_all
+from compile_moe.ops.kernels.route_tokens import (
+    launch_for,
+    route_rows,
+    routing_arguments,
+    routing_constants,
+    routing_key,
+)
+
+#: Sizes of the matrix that the single program is compiled for, in tokens, and the most elements it may have.
+TOKEN_BLOCKS = (1, 8, 64)
+MAX_ELEMENTS = 8192
+
+
+@triton.jit(do_not_specialize=["num_tokens", "scaling_factor"])
+def route_and_sort_kernel(
+    topk_weights_ptr,
+    topk_ids_ptr,
+    logits_ptr,
+    bias_ptr,
+    num_tokens,
+    scaling_factor,
+    stride_lm,
+    stride_le,
+    stride_be,
+    sorted_slots_ptr,  # (S,)
+    expert_offsets_ptr,  # (E + 1,)
+    SCORING: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    TOPK: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    TOPK_GROUP: tl.constexpr,
+    GROUPS_PAD: tl.constexpr,
+    SIZE_PAD: tl.constexpr,
+    TOPK_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.arange(0, ROWS)[:, None]
+    expert, order = route_rows(
+        topk_weights_ptr,
+        topk_ids_ptr,
+        logits_ptr,
+        bias_ptr,
+        row,
+        num_tokens,
+        scaling_factor,
+        stride_lm,
+        stride_le,
+        stride_be,
+        SCORING,
+        HAS_BIAS,
+        RENORMALIZE,
+        NUM_EXPERTS,
+        TOPK,
+        NUM_GROUPS,
+        TOPK_GROUP,
+        GROUPS_PAD,
+        SIZE_PAD,
+        TOPK_PAD,
+    )
+    chosen = (order >= 0) & (row < num_tokens)
+    one = chosen.to(tl.int32)
+    total = tl.sum(one, 0)
+    # Positions are in the order of the experts.
+    start = (tl.cumsum(total, 0) - total)[None, :]
+    place = start + tl.cumsum(one, 0) - one
+    tl.store(sorted_slots_ptr + place, row * TOPK + order, mask=chosen)
+    tl.store(expert_offsets_ptr + expert, start, mask=expert < NUM_EXPERTS)
+    tl.store(expert_offsets_ptr + NUM_EXPERTS, num_tokens * TOPK)
+
+
+def single_launches(
+    sorted_slots: Tensor, expert_offsets: Tensor, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> dict[int, Launch]:
+    """The launches of one program each, by the most tokens they can do."""
+    num_positions = constants["GROUPS_PAD"] * constants["SIZE_PAD"]
+    return {
+        rows: Launch(
+            route_and_sort_kernel,
+            (1,),
+            (*arguments, sorted_slots, expert_offsets),
+            {**constants, "ROWS": rows, "num_warps": min(16, max(1, rows * num_positions // 256))},
+        )
+        for rows in TOKEN_BLOCKS
+        if rows * num_positions <= MAX_ELEMENTS
+    }
+
+
+def route_and_sort_tokens(
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    sorted_slots: Tensor,
+    expert_offsets: Tensor,
+    router_logits: Tensor,
+    topk: int,
+    scoring: str,
+    correction_bias: Tensor | None = None,
+    num_expert_group: int = 1,
+    topk_group: int = 1,
+    renormalize: bool = False,
+    routed_scaling_factor: float = 1.0,
+) -> None:
+    """Launch router and sort into (M, topk) float32 and int64, (S,) and (E + 1,) int32, all contiguous."""
+    m, num_experts = router_logits.shape
+    constants = routing_constants(
+        num_experts, topk, scoring, correction_bias, num_expert_group, topk_group, renormalize
+    )
+    arguments = routing_arguments(
+        topk_weights, topk_ids, router_logits, correction_bias, routed_scaling_factor
+    )
+    single = single_launches(sorted_slots, expert_offsets, arguments, constants)
+    fitting = [rows for rows in single if m <= rows]
+
+    def in_turn() -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
+        few, many = sort.launches(sorted_slots, expert_offsets, topk_ids, num_experts, None)
+        route = launch_for(arguments, constants)
+        return (route, *few), (route, *many)
+
+    def variants() -> tuple[Launch, ...]:
+        few, (_, *many) = in_turn()
+        return (*single.values(), *few, *many)
+
+    if fitting:
+        chosen: tuple[Launch, ...] = (single[min(fitting)],)
+    else:
+        chosen = in_turn()[sorted_slots.size(0) > sort.SMALL_MAX_SLOTS]
+    key = ("route_and_sort_tokens", *routing_key(arguments, constants))
+    launch_all(key, chosen, variants, router_logits.device)

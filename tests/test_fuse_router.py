@@ -1,0 +1,310 @@
+"""Routers found in inductor's graph: on a GPU that is not there by their code, on the CPU by their results."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import compile_moe
+from compile_moe import routers
+from compile_moe.lowering import fuse_router as passes
+from compile_moe.lowering.fuse_router import fuse_router, fuse_router_and_sort
+from compile_moe.ops import route_tokens, sort_tokens
+from tests.support.fake_cuda import GeneratedKernels, cuda_empty, generated_kernels
+
+E, TOPK = 16, 4
+Router = Callable[[Tensor], Any]
+
+
+class _Passes(CustomGraphPass):
+    """As the library installs them, whatever else is installed."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        fuse_router(graph)
+        fuse_router_and_sort(graph)
+
+    def uuid(self) -> None:
+        return None
+
+
+def on_a_gpu(
+    function: Router, *shape: int, dtype: torch.dtype = torch.bfloat16, **options: Any
+) -> GeneratedKernels:
+    """The code for logits of ``shape``."""
+    passes.refusals.clear()
+    with inductor_config.patch(post_grad_custom_pre_pass=_Passes()):
+        return generated_kernels(function, lambda: (cuda_empty(*(shape or (48, E)), dtype=dtype),), **options)
+
+
+def softmax_topk(
+    logits: Tensor, dtype: torch.dtype | None = torch.float32, k: int = TOPK
+) -> tuple[Tensor, Tensor]:
+    weights, ids = torch.topk(F.softmax(logits, dim=-1, dtype=dtype), k, dim=-1)
+    return weights, ids
+
+
+def renormalized(logits: Tensor, epsilon: float | None = None) -> tuple[Tensor, Tensor]:
+    weights, ids = softmax_topk(logits)
+    total = weights.sum(-1, keepdim=True)
+    return weights / (total if epsilon is None else total + epsilon), ids
+
+
+def topk_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    values, ids = torch.topk(logits, TOPK, dim=-1)
+    return F.softmax(values, dim=1, dtype=values.dtype), ids
+
+
+FOUND: dict[str, Router] = {
+    "softmax-topk": softmax_topk,
+    "in-the-dtype-of-the-logits": lambda x: softmax_topk(x, None),
+    "cast-before": lambda x: softmax_topk(x.float()),
+    "unsorted": lambda x: [t.sort(-1).values for t in x.float().softmax(1).topk(TOPK, 1, sorted=False)],
+    "ids-only": lambda x: softmax_topk(x)[1],
+    "weights-only": lambda x: softmax_topk(x)[0],
+    "renormalized": renormalized,
+    "renormalized-with-epsilon": lambda x: renormalized(x, 1e-20),
+    "renormalized-with-a-large-epsilon": lambda x: renormalized(x, 1e-3),
+    "renormalized-and-cast": lambda x: (renormalized(x)[0].to(x.dtype), renormalized(x)[1]),
+    "both-weights": lambda x: (softmax_topk(x)[0], *renormalized(x)),
+    "logits-returned": lambda x: (*softmax_topk(x.float()), x.float()),
+    "topk-softmax": topk_softmax,
+    "float-topk-softmax": lambda x: topk_softmax(x.float()),
+    "all-experts": lambda x: softmax_topk(x, k=E),
+}
+
+
+def other_reader_of_chosen_logits(logits: Tensor) -> tuple[Tensor, ...]:
+    values, ids = torch.topk(logits, TOPK, dim=-1)
+    return F.softmax(values, dim=-1), ids, values
+
+
+#: Routers that stay as they are, and what the refusal says.
+LEFT: dict[str, tuple[Router, str]] = {
+    "probabilities-returned": (
+        lambda x: ((p := x.float().softmax(-1)), *p.topk(TOPK)),
+        "div is read by output, too",
+    ),
+    "exponentials-read": (
+        lambda x: (
+            (e := (x.float() - x.float().amax(-1, True)).exp()).mean(),
+            (e / e.sum(-1, True)).topk(TOPK),
+        ),
+        "exp is read by",
+    ),
+    "smallest": (lambda x: x.float().softmax(-1).topk(TOPK, largest=False), "largest=False"),
+    "topk-over-tokens": (lambda x: x.float().softmax(-1).topk(TOPK, dim=0), "along dimension 0"),
+    "softmax-over-tokens": (lambda x: x.float().softmax(0).topk(TOPK), "is no softmax"),
+    "no-softmax": (lambda x: x.float().relu().topk(TOPK), "is no softmax"),
+    "topk-softmax-over-tokens": (lambda x: x.topk(TOPK).values.softmax(0), "none follows"),
+    "chosen-logits-returned": (other_reader_of_chosen_logits, "getitem is read by output, too"),
+    "float64": (lambda x: ((c := x.double().topk(TOPK)).values.float().softmax(-1), c.indices), "in float64"),
+    "softmax-in-float64": (
+        lambda x: x.double().softmax(-1).topk(TOPK),
+        "is no softmax over the experts in float32",
+    ),
+    "three-dimensions": (lambda x: x.view(2, -1, E).float().softmax(-1).topk(TOPK), "3 dimensions"),
+    "sum-of-something-else": (
+        lambda x: ((x - x.amax(-1, True)).exp() / x.exp().sum(-1, True)).topk(TOPK),
+        "is no softmax",
+    ),
+}
+
+
+def reads_topk(kernels: GeneratedKernels) -> bool:
+    return any("topk" in call for call in kernels.extern_calls if "compile_moe" not in call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["softmax-topk", "renormalized", "renormalized-with-epsilon", "cast-before"])
+def test_becomes_one_op(name: str, dtype: torch.dtype) -> None:
+    kernels = on_a_gpu(FOUND[name], dtype=dtype)
+    assert (kernels.triton_kernels, kernels.extern_calls) == (
+        [],
+        ["torch.ops.compile_moe.route_tokens.default"],
+    )
+    assert passes.refusals == []
+
+
+def test_dynamic_number_of_tokens() -> None:
+    kernels = on_a_gpu(FOUND["renormalized"], dynamic_dims=[(0, 0)])
+    assert (kernels.triton_kernels, kernels.op_calls) == ([], ["route_tokens"])
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_stays(name: str) -> None:
+    router, reason = LEFT[name]
+    kernels = on_a_gpu(router, dtype=torch.float32)
+    assert kernels.op_calls == [] and reads_topk(kernels)
+    assert len(passes.refusals) == 1 and reason in passes.refusals[0], passes.refusals
+
+
+def test_many_classes_stay() -> None:
+    """Sampling from a vocabulary is no routing."""
+    kernels = on_a_gpu(softmax_topk, 4, 32000)
+    assert kernels.op_calls == [] and "32000 experts are more than" in passes.refusals[0]
+
+
+def test_cpu_stays() -> None:
+    graph = traced(softmax_topk, torch.randn(3, E)).graph
+    before = len(graph.nodes)
+    fuse_router(graph)
+    assert len(graph.nodes) == before
+
+
+TRANSFORMERS = {
+    "mixtral": ("Mixtral", "num_local_experts", {}),
+    "qwen3_moe": ("Qwen3Moe", "num_experts", {"norm_topk_prob": True}),
+    "olmoe": ("Olmoe", "num_experts", {"norm_topk_prob": False}),
+    "gpt_oss": ("GptOss", "num_local_experts", {}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_transformers_routers(family: str, dtype: torch.dtype) -> None:
+    """Behind the router's GEMM one op; and a cast of the weights where the model has it and nobody fuses it."""
+    transformers = pytest.importorskip("transformers")
+    prefix, num_experts, own = TRANSFORMERS[family]
+    config = getattr(transformers, f"{prefix}Config")(
+        **{num_experts: E, "hidden_size": 64, "num_experts_per_tok": TOPK, **own}
+    )
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    made = []
+
+    def make_arguments() -> tuple[Tensor]:
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("cuda"):
+                made.append(getattr(module, f"{prefix}TopKRouter")(config))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        return (cuda_empty(48, 64, dtype=dtype),)
+
+    def route_and_sort(x: Tensor) -> tuple[Tensor, ...]:
+        _, weights, ids = made[-1](x)
+        return (weights, *sort_tokens(ids, E))
+
+    for function, op in (
+        (lambda x: made[-1](x)[1:], "route_tokens"),
+        (route_and_sort, "route_and_sort_tokens"),
+    ):
+        with inductor_config.patch(post_grad_custom_pre_pass=_Passes()):
+            kernels = generated_kernels(function, make_arguments, shape_padding=False)
+        cast = dtype is torch.bfloat16 and family != "mixtral"
+        assert len(kernels.triton_kernels) == cast, kernels.triton_kernels
+        assert kernels.op_calls == [op]
+        assert not reads_topk(kernels) and len(kernels.extern_calls) == 2, kernels.extern_calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_cast_of_the_weights_costs_no_kernel(dtype: torch.dtype) -> None:
+    """A layer behind a router in the style of Qwen3-MoE: router and sort, two GEMMs, finalize with the cast."""
+
+    def block(x: Tensor, logits: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        weights, ids = renormalized(logits)
+        return compile_moe.fused_experts(x, w1, w2, weights.to(dtype), ids)
+
+    def make_arguments() -> tuple[Tensor, ...]:
+        shapes = (48, 64), (48, E), (E, 64, 64), (E, 64, 32)
+        return tuple(cuda_empty(*shape, dtype=dtype) for shape in shapes)
+
+    with inductor_config.patch(post_grad_custom_pre_pass=_Passes()):
+        kernels = generated_kernels(block, make_arguments)
+    assert kernels.op_calls == ["route_and_sort_tokens", "gather_gemm", "scatter_gemm"]
+    assert len(kernels.triton_kernels) == 1 and len(kernels.extern_calls) == 3
+
+
+OURS: dict[str, Callable[[Tensor], Any]] = {
+    "softmax_topk": lambda x: routers.softmax_topk(x, TOPK, renormalize=True),
+    "topk_softmax": lambda x: routers.topk_softmax(x, TOPK),
+    "sigmoid_grouped_topk": lambda x: routers.sigmoid_grouped_topk(x, TOPK, num_expert_group=4, topk_group=2),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_routers_and_the_sort_are_one_op(name: str) -> None:
+    def route_and_sort(x: Tensor) -> tuple[Tensor, ...]:
+        weights, ids = OURS[name](x)
+        return weights, ids, *sort_tokens(ids, E)
+
+    kernels = on_a_gpu(route_and_sort)
+    assert (kernels.triton_kernels, kernels.op_calls) == ([], ["route_and_sort_tokens"])
+
+
+@pytest.mark.parametrize("case", ["other-number", "expert-map", "changed-ids"])
+def test_sorts_of_something_else_stay(case: str) -> None:
+    def route_and_sort(x: Tensor) -> tuple[Tensor, ...]:
+        _, ids = route_tokens(x, TOPK, "softmax")
+        if case == "other-number":
+            return sort_tokens(ids, E + 1)
+        if case == "expert-map":
+            return sort_tokens(ids, E, torch.arange(E, device=ids.device))
+        return sort_tokens(ids - 1, E)
+
+    assert on_a_gpu(route_and_sort).op_calls == ["route_tokens", "sort_tokens"]
+
+
+def traced(function: Router, logits: Tensor) -> fx.GraphModule:
+    decompositions = select_decomp_table()
+    module = make_fx(lambda x: function(x), decomposition_table=decompositions, tracing_mode="fake")(logits)
+    module.graph.eliminate_dead_code()
+    return module
+
+
+def assert_same_results(function: Router, logits: Tensor, ops: list[Any], *functions: Any) -> None:
+    """The rewritten graph calls ``ops`` and computes what the function does, in its dtypes."""
+    module = traced(function, logits)
+    for graph_pass in functions:
+        graph_pass(module.graph)
+    module.graph.lint()
+    module.recompile()
+    called = [node.target for node in module.graph.nodes if "compile_moe" in str(node.target)]
+    assert called == ops
+    results, expected = module(logits), function(logits)
+    results, expected = ((r,) if isinstance(r, Tensor) else r for r in (results, expected))
+    for result, e in zip(results, expected, strict=True):
+        assert (result.dtype, result.shape) == (e.dtype, e.shape)
+        # The unfused one rounds in between.
+        torch.testing.assert_close(result, e, rtol=1e-6 if logits.dtype is torch.float32 else 2**-7, atol=0)
+    for node in module.graph.nodes:
+        if node.op == "call_function" and isinstance(node.meta["val"], Tensor):
+            assert node.users or node.op == "output", f"{node} is left over"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", FOUND)
+def test_results(name: str, dtype: torch.dtype) -> None:
+    # Far enough apart that no two probabilities are equal in bfloat16.
+    logits = (torch.rand(33, E).argsort(-1) / 2 - 3).to(dtype)
+    calls = 2 if name in ("renormalized-and-cast", "both-weights") else 1
+    assert_same_results(
+        FOUND[name],
+        logits,
+        [torch.ops.compile_moe.route_tokens.default] * calls,
+        lambda g: fuse_router(g, "cpu"),
+    )
+
+
+@pytest.mark.parametrize("cast", [torch.int64, torch.int32], ids=str)
+def test_results_with_the_sort(cast: torch.dtype) -> None:
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        weights, ids = renormalized(x)
+        return weights, ids, *sort_tokens(ids.to(cast), E)
+
+    assert_same_results(
+        function,
+        (torch.rand(9, E).argsort(-1) / 2 - 3),
+        [torch.ops.compile_moe.route_and_sort_tokens.default],
+        lambda g: fuse_router(g, "cpu"),
+        fuse_router_and_sort,
+    )
