@@ -1,19 +1,31 @@
-"""Command line of the library: ``compile-moe demo``."""
+"""Command line of the library: ``compile-moe demo``, ``bench`` and ``explain``."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from compile_moe.cli.bench import CONTESTANTS, BenchOptions, run_bench
 from compile_moe.cli.demo import DemoOptions, run_demo
+from compile_moe.cli.moe_layer import MODELS
 from compile_moe.cli.refusal import Refusal
 
 app = typer.Typer(
     name="compile-moe", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
 )
+
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU where there is one.")
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16. Default: float32 on the CPU, bfloat16 on a GPU."),
+]
 
 
 @app.callback()
@@ -27,13 +39,8 @@ def demo(
         Path | None,
         typer.Option(help="Folder of a local checkpoint. Default: a small Qwen3-MoE with random weights."),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU where there is one.")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16 or float16. Default: float32 on the CPU, bfloat16 on a GPU."),
-    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
     prompt: Annotated[
         str, typer.Option(help="Text to continue. Without a tokenizer its bytes are the tokens.")
     ] = DemoOptions.prompt,
@@ -46,8 +53,51 @@ def demo(
 ) -> None:
     """Run a MoE language model eager with Hugging Face's experts and compiled with ours, and compare."""
     options = DemoOptions(model, device, dtype, prompt, max_new_tokens, experts, mode, seed)
-    try:
+    with _refusing():
         run_demo(options)
+
+
+@app.command("bench")
+def bench_command(
+    model: Annotated[
+        str, typer.Option(help=f"{', '.join(MODELS)}; or a folder with a config.json.")
+    ] = BenchOptions.model,
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = ",".join(
+        map(str, BenchOptions.tokens)
+    ),
+    part: Annotated[
+        str,
+        typer.Option(
+            help="block: norm, router, experts, residual, norm; experts: these alone, with random routing."
+        ),
+    ] = BenchOptions.part,
+    contestants: Annotated[
+        str, typer.Option(help=f"Of {', '.join(CONTESTANTS)}, separated by commas.")
+    ] = ",".join(BenchOptions.contestants),
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    json: Annotated[Path | None, typer.Option(help="File for all numbers and the kernels' names.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = BenchOptions.seed,
+) -> None:
+    """Time a MoE layer with our experts and with those of transformers, side by side.
+
+    Compiled, with a dynamic number of tokens; on a GPU, up to 256 tokens are replayed as a CUDA graph over 8 inputs.
+    Results are compared before anything is timed.
+    """
+    try:
+        numbers = tuple(int(number) for number in tokens.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"must be numbers separated by commas, got {tokens}") from None
+    names = tuple(contestants.split(","))
+    with _refusing():
+        run_bench(BenchOptions(model, numbers, part, names, device, dtype, json, seed))
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """End with a line and status 2 where what was given can't work."""
+    try:
+        yield
     except Refusal as refusal:
         Console(stderr=True, soft_wrap=True).print(f"error: {refusal}", markup=False, highlight=False)
         raise typer.Exit(2) from None

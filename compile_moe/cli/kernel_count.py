@@ -30,6 +30,23 @@ def count(call: Callable[[], Any], device: torch.device) -> int:
 
     ``call`` must have run before, or what compiling it runs counts too.
     """
+    if device.type == "cuda":
+        return len(gpu_kernels(call, device))
+    return _count_work(event for event in _events(call, device) if event.cpu_parent is None)
+
+
+def gpu_kernels(call: Callable[[], Any], device: torch.device) -> list[str]:
+    """Names of the kernels that ``call`` launches, in order, without copies and fills by the driver."""
+    return [
+        event.name
+        for event in sorted(_events(call, device), key=lambda event: event.time_range.start)
+        if event.device_type.name == "CUDA"
+        and not event.name.startswith(("Memcpy", "Memset"))
+        and not getattr(event, "is_user_annotation", False)
+    ]
+
+
+def _events(call: Callable[[], Any], device: torch.device) -> Iterable[Any]:
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     # Else the profiler's C++ part reports its start and stop on stderr; read at its first use.
@@ -39,14 +56,7 @@ def count(call: Callable[[], Any], device: torch.device) -> int:
         if on_gpu:
             torch.cuda.synchronize(device)
     events: Any = profiler.events()
-    if on_gpu:
-        return sum(
-            event.device_type.name == "CUDA"
-            and not event.name.startswith(("Memcpy", "Memset"))
-            and not getattr(event, "is_user_annotation", False)
-            for event in events
-        )
-    return _count_work(event for event in events if event.cpu_parent is None)
+    return events
 
 
 def _count_work(events: Iterable[Any]) -> int:

@@ -171,8 +171,11 @@ def _fill(layer: MoELayer, hidden_size: int, device: torch.device, seed: int) ->
         buffer.zero_()
 
 
+def experts_of(layer: MoELayer) -> Any:
+    """The module that transformers dispatches by experts_implementation."""
+    return next(m for m in layer.modules() if hasattr(m, "has_gate") and hasattr(m, "is_transposed"))
+
+
 def set_activation(layer: MoELayer, activation: Any) -> None:
     """Let the experts compute ``activation`` (gate_up (..., N) to (..., I)) in place of their own."""
-    for module in layer.modules():
-        if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):
-            module._apply_gate = activation
+    experts_of(layer)._apply_gate = activation
