@@ -59,7 +59,7 @@ def test_gemms(shape: str, precision: str, capability: int) -> None:
     slots, offsets = empty(s), empty(e + 1)
     b1 = empty(e, 2 * i, dtype=dtype) if biased else None
     b2 = empty(e, k, dtype=dtype) if biased else None
-    for tile in tile_candidates(dtype.itemsize, i, 2, is_vectorized(x, w1), limits):
+    for tile in tile_candidates(dtype.itemsize, i, k, 2, is_vectorized(x, w1), limits):
         out = empty(s, i, dtype=dtype)
         body = program.triton_source()
         with tf32(precision == "tf32"):
@@ -69,7 +69,7 @@ def test_gemms(shape: str, precision: str, capability: int) -> None:
         compiled = compile_launch(launch, capability, spills)
         if capability == 90 and dtype is torch.bfloat16 and shape != "odd":
             assert compiled.has_wgmma == (tile.block_m >= 64), tile
-    for tile in tile_candidates(dtype.itemsize, k, 1, is_vectorized(out, w2), limits):
+    for tile in tile_candidates(dtype.itemsize, k, i, 1, is_vectorized(out, w2), limits):
         with tf32(precision == "tf32"):
             launch = scatter_gemm.launch_for(
                 tile, empty(s, k, dtype=dtype), out, w2, slots, offsets, b2, False

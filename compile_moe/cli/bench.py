@@ -20,7 +20,7 @@ from compile_moe.cli import kernel_count
 from compile_moe.cli.language_model import choose_device, choose_dtype, one_line
 from compile_moe.cli.moe_layer import MoELayer, configuration, experts_of, make_layer
 from compile_moe.cli.refusal import Refusal
-from compile_moe.cli.timing import MOST_TOKENS_IN_A_GRAPH, Ceilings, measure_ceilings, seconds_per_call
+from compile_moe.cli.timing import Ceilings, host_seconds, measure_ceilings, seconds_per_call
 
 CONTESTANTS = (integration.NAME, "grouped_mm", "batched_mm", "eager")
 PARTS = ("block", "experts")
@@ -47,14 +47,17 @@ class BenchOptions:
 class Measurement(NamedTuple):
     """One contestant at one number of tokens.
 
-    microseconds: of one call. kernels: of one call, by name; None on a CPU. memory: bytes allocated at the peak beyond
-    weights and input; None on a CPU. error: relative, of the experts against transformers' eager ones. floor: of the
-    time, by the ceilings of this run, in microseconds; None for a block. failure: why there are no numbers, or "".
+    microseconds: of one call; compiled ones on a GPU are replayed as a CUDA graph. host: microseconds until a call
+    that is not replayed returns. kernels: of one call, by name. memory: bytes allocated at the peak beyond weights and
+    input. error: relative, of the experts against transformers' eager ones. floor: of the time, by the ceilings of
+    this run, in microseconds; None for a block. failure: why there are no numbers, or "". What only a GPU has is None
+    on a CPU.
     """
 
     contestant: str
     tokens: int
     microseconds: float | None = None
+    host: float | None = None
     kernels: tuple[str, ...] | None = None
     memory: int | None = None
     error: float | None = None
@@ -160,11 +163,12 @@ class _Contestant:
         calls[0]()
         memory = _peak(calls[0], device)
         kernels = tuple(kernel_count.gpu_kernels(calls[0], device)) if device.type == "cuda" else None
+        host = host_seconds(calls[0], device) * 1e6 if device.type == "cuda" else None
         # Eager experts read on the host which expert has tokens.
-        as_graph = device.type == "cuda" and tokens <= MOST_TOKENS_IN_A_GRAPH and self.name != "eager"
+        as_graph = device.type == "cuda" and self.name != "eager"
         seconds = seconds_per_call(calls, device, as_graph)
         floor = None if self.is_block else _floor(self.experts, inputs, ceilings)
-        return Measurement(self.name, tokens, seconds * 1e6, kernels, memory, error, floor)
+        return Measurement(self.name, tokens, seconds * 1e6, host, kernels, memory, error, floor)
 
     def _inputs(
         self, tokens: int, device: torch.device, dtype: torch.dtype, seed: int
@@ -249,7 +253,7 @@ def _rows(results: Results) -> Iterator[tuple[str, ...]]:
     first = {m.tokens: m.microseconds for m in results.measurements if m.contestant == integration.NAME}
     for m in sorted(results.measurements, key=lambda m: m.tokens):
         if m.microseconds is None:
-            yield str(m.tokens), m.contestant, m.failure, "", "", "", ""
+            yield str(m.tokens), m.contestant, m.failure, "", "", "", "", ""
             continue
         ours = first.get(m.tokens)
         yield (
@@ -258,6 +262,7 @@ def _rows(results: Results) -> Iterator[tuple[str, ...]]:
             f"{m.microseconds:.1f}",
             "" if ours is None else f"{m.microseconds / ours:.2f}",
             "" if m.floor is None else f"{m.floor / m.microseconds:.2f}",
+            "" if m.host is None else f"{m.host:.0f}",
             "" if m.kernels is None else str(len(m.kernels)),
             "" if m.memory is None else f"{m.memory / 2**20:.1f}",
         )
@@ -273,7 +278,7 @@ def _table(results: Results) -> Table:
         ),
         caption=f"In the same run: matrix product {flops / 1e12:.1f} TFLOP/s, copy {bandwidth / 1e12:.3f} TB/s.",
     )
-    columns = ("tokens", "experts", "µs", "times ours", "floor / time", "kernels", "MiB")
+    columns = ("tokens", "experts", "µs", "times ours", "floor / time", "host µs", "kernels", "MiB")
     for column in columns:
         table.add_column(column, justify="left" if column == "experts" else "right")
     for row in _rows(results):

@@ -11,8 +11,6 @@ import torch
 
 Call = Callable[[], Any]
 
-#: Up to so many tokens a layer is timed as a CUDA graph: launches from the host would take longer than the kernels.
-MOST_TOKENS_IN_A_GRAPH = 256
 _SECONDS = 0.25  # of measuring, at least, where that takes fewer than _MOST_REPETITIONS
 _MOST_REPETITIONS = 50
 
@@ -55,6 +53,17 @@ def seconds_per_call(calls: Sequence[Call], device: torch.device, as_graph: bool
             call()
 
     return _median(run, device) / len(calls)
+
+
+def host_seconds(call: Call, device: torch.device) -> float:
+    """Median seconds until ``call`` returns, on a GPU that has nothing else to do."""
+    seconds = []
+    for _ in range(_MOST_REPETITIONS):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:

@@ -6,12 +6,22 @@ import functools
 import hashlib
 from pathlib import Path
 
+from torch import fx
+
 from compile_moe.lowering.fuse_epilogue import fuse_epilogue
 from compile_moe.lowering.fuse_router import fuse_router, fuse_router_and_sort
 from compile_moe.lowering.inductor_compat import GraphFunction, install_passes
+from compile_moe.ops.registry import NAMESPACE
 
 #: In the order of their application.
 PASSES: tuple[GraphFunction, ...] = (fuse_router, fuse_router_and_sort, fuse_epilogue)
+
+
+def run_passes(graph: fx.Graph) -> None:
+    """All passes, on a graph with the layer: other models' graphs are none of our business."""
+    if any(getattr(node.target, "namespace", None) == NAMESPACE for node in graph.nodes):
+        for graph_pass in PASSES:
+            graph_pass(graph)
 
 
 @functools.cache
@@ -25,4 +35,4 @@ def source_hash() -> str:
 
 
 def register() -> None:
-    install_passes(PASSES, source_hash())
+    install_passes((run_passes,), source_hash())

@@ -67,7 +67,7 @@ def test_act_and_mul(name: str) -> None:
 
 @pytest.mark.parametrize("block_m", [16, 32, 64, 128])
 def test_every_row_tile(block_m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "_ROW_TILES", (block_m,))
+    monkeypatch.setattr(tiles, "_ROW_TILES", {block_m: 2**31})
     tiles.tile_candidates.cache_clear()
     layer = make_layer(M=50, K=70, I=33, E=3, dtype=torch.bfloat16)
     try:

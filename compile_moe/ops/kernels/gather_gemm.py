@@ -55,7 +55,10 @@ def gather_gemm_kernel(
     EVEN_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    GATED: tl.constexpr = LAYOUT != "ungated"
+    # Rows of w1 lie as the result's columns do: gate and up alternate, or are two blocks of their own.
+    INTERLEAVED: tl.constexpr = LAYOUT == "interleaved"
+    TWO_BLOCKS: tl.constexpr = LAYOUT == "concatenated"
+    WIDTH: tl.constexpr = 2 * BLOCK_N if INTERLEAVED else BLOCK_N
     tile_m, tile_n = grouped_order(tl.program_id(0), num_row_tiles, tl.cdiv(num_columns, BLOCK_N), GROUP_M)
     expert, first_row, end_row = locate_tile(
         expert_offsets_ptr, tile_m, num_slots, num_experts, E_POW2, BLOCK_M, ZERO_SKIPPED
@@ -78,32 +81,29 @@ def gather_gemm_kernel(
     token = tl.where(row_mask, slot, 0) // topk
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + token.to(tl.int64)[:, None] * stride_xm + k[None, :] * stride_xk
-    if LAYOUT == "interleaved":
-        gate_column = column * 2
-        up_column = column * 2 + 1
-    else:
-        gate_column = column
-        up_column = column + num_columns
+    gate_column = tile_n * WIDTH + tl.arange(0, WIDTH)
+    gate_mask = gate_column < (2 * num_columns if INTERLEAVED else num_columns)
+    up_column = gate_column + num_columns
     w_ptr += expert.to(tl.int64) * stride_we
     gate_ptrs = w_ptr + gate_column[None, :] * stride_wn + k[:, None] * stride_wk
     up_ptrs = w_ptr + up_column[None, :] * stride_wn + k[:, None] * stride_wk
-    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    gate = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
+    up = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
     for first_k in range(0, depth, BLOCK_K):
         x_mask = row_mask[:, None]
         if EVEN_K:
-            w_mask = column_mask[None, :]
+            w_mask = gate_mask[None, :]
         else:
             k_mask = first_k + k < depth
             x_mask = x_mask & k_mask[None, :]
-            w_mask = column_mask[None, :] & k_mask[:, None]
+            w_mask = gate_mask[None, :] & k_mask[:, None]
         x = tl.load(x_ptrs, mask=x_mask, other=0.0)
         if EVEN_N and EVEN_K:
             w_gate = tl.load(gate_ptrs)
         else:
             w_gate = tl.load(gate_ptrs, mask=w_mask, other=0.0)
         gate = accumulate(x, w_gate, gate, PRECISION)
-        if GATED:
+        if TWO_BLOCKS:
             if EVEN_N and EVEN_K:
                 w_up = tl.load(up_ptrs)
             else:
@@ -115,17 +115,15 @@ def gather_gemm_kernel(
 
     if HAS_BIAS:
         bias_ptr += expert.to(tl.int64) * stride_be
-        gate += tl.load(bias_ptr + gate_column * stride_bn, mask=column_mask, other=0.0).to(tl.float32)[
-            None, :
-        ]
-        if GATED:
-            up += tl.load(bias_ptr + up_column * stride_bn, mask=column_mask, other=0.0).to(tl.float32)[
-                None, :
-            ]
-    if GATED:
-        y = epilogue(gate, up)
-    else:
+        gate += tl.load(bias_ptr + gate_column * stride_bn, mask=gate_mask, other=0.0).to(tl.float32)[None, :]
+        if TWO_BLOCKS:
+            up += tl.load(bias_ptr + up_column * stride_bn, mask=gate_mask, other=0.0).to(tl.float32)[None, :]
+    if INTERLEAVED:
+        gate, up = tl.split(tl.reshape(gate, (BLOCK_M, BLOCK_N, 2)))
+    if LAYOUT == "ungated":
         y = epilogue(gate, gate)
+    else:
+        y = epilogue(gate, up)
     tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
@@ -213,6 +211,7 @@ def gather_gemm(
     candidates = tile_candidates(
         out.element_size(),
         out.size(1),
+        w1.size(2),
         1 if layout == "ungated" else 2,
         is_vectorized(hidden_states, w1),
         device_limits(out.device.index),

@@ -161,7 +161,12 @@ def scatter_gemm(
     """Launch into out (S, K), contiguous."""
     arguments = (out, intermediate, w2, sorted_slots, expert_offsets, bias, zero_skipped)
     candidates = tile_candidates(
-        out.element_size(), out.size(1), 1, is_vectorized(intermediate, w2), device_limits(out.device.index)
+        out.element_size(),
+        out.size(1),
+        w2.size(2),
+        1,
+        is_vectorized(intermediate, w2),
+        device_limits(out.device.index),
     )
     chosen = launch_for(choose_tile(candidates, out.size(0), w2.size(0)), *arguments)
     key = (
