@@ -2,48 +2,31 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
-from torch._inductor import config as inductor_config
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.decomposition import select_decomp_table
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor
 
 import compile_moe
 from compile_moe import routers
 from compile_moe.lowering import fuse_router as passes
 from compile_moe.lowering.fuse_router import fuse_router, fuse_router_and_sort
 from compile_moe.ops import route_tokens, sort_tokens
-from tests.support.fake_cuda import GeneratedKernels, cuda_empty, generated_kernels
+from tests.support.fake_cuda import cuda_empty
+from tests.support.router_graphs import (
+    Router,
+    assert_nothing_left_over,
+    kernels_on_a_gpu,
+    on_a_gpu,
+    our_calls,
+    reads_topk,
+    traced,
+)
 
 E, TOPK = 16, 4
-Router = Callable[[Tensor], Any]
-
-
-class _Passes(CustomGraphPass):
-    """As the library installs them, whatever else is installed."""
-
-    def __call__(self, graph: fx.Graph) -> None:
-        fuse_router(graph)
-        fuse_router_and_sort(graph)
-
-    def uuid(self) -> None:
-        return None
-
-
-def on_a_gpu(
-    function: Router, *shape: int, dtype: torch.dtype = torch.bfloat16, **options: Any
-) -> GeneratedKernels:
-    """The code for logits of ``shape``."""
-    passes.refusals.clear()
-    with inductor_config.patch(post_grad_custom_pre_pass=_Passes()):
-        return generated_kernels(function, lambda: (cuda_empty(*(shape or (48, E)), dtype=dtype),), **options)
 
 
 def softmax_topk(
@@ -79,6 +62,16 @@ FOUND: dict[str, Router] = {
     "logits-returned": lambda x: (*softmax_topk(x.float()), x.float()),
     "topk-softmax": topk_softmax,
     "float-topk-softmax": lambda x: topk_softmax(x.float()),
+    "gathered": lambda x: (i := (p := x.float().softmax(1)).topk(TOPK).indices, p.gather(1, i)),
+    "gathered-logits": lambda x: (i := x.float().softmax(1).topk(TOPK).indices, x.gather(1, i).sigmoid()),
+    "scaled": lambda x: ((w := softmax_topk(x))[0] * 2.5, w[1]),
+    "renormalized-and-scaled": lambda x: (16 * (w := renormalized(x, 1e-6))[0], w[1]),
+    "scaled-twice": lambda x: ((w := softmax_topk(x))[0] * 2.5, w[0] * 0.5, w[1]),
+    "sum-returned": lambda x: (
+        (w := softmax_topk(x))[0] / (t := w[0].sum(-1, keepdim=True)),
+        t,
+        w[1],
+    ),
     "all-experts": lambda x: softmax_topk(x, k=E),
 }
 
@@ -105,13 +98,11 @@ LEFT: dict[str, tuple[Router, str]] = {
     "topk-over-tokens": (lambda x: x.float().softmax(-1).topk(TOPK, dim=0), "along dimension 0"),
     "softmax-over-tokens": (lambda x: x.float().softmax(0).topk(TOPK), "is no softmax"),
     "no-softmax": (lambda x: x.float().relu().topk(TOPK), "is no softmax"),
-    "topk-softmax-over-tokens": (lambda x: x.topk(TOPK).values.softmax(0), "none follows"),
+    "topk-softmax-over-tokens": (lambda x: x.topk(TOPK).values.softmax(0), "no softmax follows"),
     "chosen-logits-returned": (other_reader_of_chosen_logits, "getitem is read by output, too"),
     "float64": (lambda x: ((c := x.double().topk(TOPK)).values.float().softmax(-1), c.indices), "in float64"),
-    "softmax-in-float64": (
-        lambda x: x.double().softmax(-1).topk(TOPK),
-        "is no softmax over the experts in float32",
-    ),
+    "softmax-in-float64": (lambda x: x.double().softmax(-1).topk(TOPK), "is no softmax"),
+    "weighted-probabilities": (lambda x: (x.float().softmax(-1) * x[:, :1]).topk(TOPK), "is no softmax"),
     "three-dimensions": (lambda x: x.view(2, -1, E).float().softmax(-1).topk(TOPK), "3 dimensions"),
     "sum-of-something-else": (
         lambda x: ((x - x.amax(-1, True)).exp() / x.exp().sum(-1, True)).topk(TOPK),
@@ -120,14 +111,10 @@ LEFT: dict[str, tuple[Router, str]] = {
 }
 
 
-def reads_topk(kernels: GeneratedKernels) -> bool:
-    return any("topk" in call for call in kernels.extern_calls if "compile_moe" not in call)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["softmax-topk", "renormalized", "renormalized-with-epsilon", "cast-before"])
 def test_becomes_one_op(name: str, dtype: torch.dtype) -> None:
-    kernels = on_a_gpu(FOUND[name], dtype=dtype)
+    kernels = on_a_gpu(FOUND[name], 48, E, dtype=dtype)
     assert (kernels.triton_kernels, kernels.extern_calls) == (
         [],
         ["torch.ops.compile_moe.route_tokens.default"],
@@ -136,14 +123,14 @@ def test_becomes_one_op(name: str, dtype: torch.dtype) -> None:
 
 
 def test_dynamic_number_of_tokens() -> None:
-    kernels = on_a_gpu(FOUND["renormalized"], dynamic_dims=[(0, 0)])
+    kernels = on_a_gpu(FOUND["renormalized"], 48, E, dynamic_dims=[(0, 0)])
     assert (kernels.triton_kernels, kernels.op_calls) == ([], ["route_tokens"])
 
 
 @pytest.mark.parametrize("name", LEFT)
 def test_stays(name: str) -> None:
     router, reason = LEFT[name]
-    kernels = on_a_gpu(router, dtype=torch.float32)
+    kernels = on_a_gpu(router, 48, E, dtype=torch.float32)
     assert kernels.op_calls == [] and reads_topk(kernels)
     assert len(passes.refusals) == 1 and reason in passes.refusals[0], passes.refusals
 
@@ -161,51 +148,6 @@ def test_cpu_stays() -> None:
     assert len(graph.nodes) == before
 
 
-TRANSFORMERS = {
-    "mixtral": ("Mixtral", "num_local_experts", {}),
-    "qwen3_moe": ("Qwen3Moe", "num_experts", {"norm_topk_prob": True}),
-    "olmoe": ("Olmoe", "num_experts", {"norm_topk_prob": False}),
-    "gpt_oss": ("GptOss", "num_local_experts", {}),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", TRANSFORMERS)
-def test_transformers_routers(family: str, dtype: torch.dtype) -> None:
-    """Behind the router's GEMM one op; and a cast of the weights where the model has it and nobody fuses it."""
-    transformers = pytest.importorskip("transformers")
-    prefix, num_experts, own = TRANSFORMERS[family]
-    config = getattr(transformers, f"{prefix}Config")(
-        **{num_experts: E, "hidden_size": 64, "num_experts_per_tok": TOPK, **own}
-    )
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    made = []
-
-    def make_arguments() -> tuple[Tensor]:
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device("cuda"):
-                made.append(getattr(module, f"{prefix}TopKRouter")(config))
-        finally:
-            torch.set_default_dtype(torch.float32)
-        return (cuda_empty(48, 64, dtype=dtype),)
-
-    def route_and_sort(x: Tensor) -> tuple[Tensor, ...]:
-        _, weights, ids = made[-1](x)
-        return (weights, *sort_tokens(ids, E))
-
-    for function, op in (
-        (lambda x: made[-1](x)[1:], "route_tokens"),
-        (route_and_sort, "route_and_sort_tokens"),
-    ):
-        with inductor_config.patch(post_grad_custom_pre_pass=_Passes()):
-            kernels = generated_kernels(function, make_arguments, shape_padding=False)
-        cast = dtype is torch.bfloat16 and family != "mixtral"
-        assert len(kernels.triton_kernels) == cast, kernels.triton_kernels
-        assert kernels.op_calls == [op]
-        assert not reads_topk(kernels) and len(kernels.extern_calls) == 2, kernels.extern_calls
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_cast_of_the_weights_costs_no_kernel(dtype: torch.dtype) -> None:
     """A layer behind a router in the style of Qwen3-MoE: router and sort, two GEMMs, finalize with the cast."""
@@ -218,8 +160,7 @@ def test_cast_of_the_weights_costs_no_kernel(dtype: torch.dtype) -> None:
         shapes = (48, 64), (48, E), (E, 64, 64), (E, 64, 32)
         return tuple(cuda_empty(*shape, dtype=dtype) for shape in shapes)
 
-    with inductor_config.patch(post_grad_custom_pre_pass=_Passes()):
-        kernels = generated_kernels(block, make_arguments)
+    kernels = kernels_on_a_gpu(block, make_arguments)
     assert kernels.op_calls == ["route_and_sort_tokens", "gather_gemm", "scatter_gemm"]
     assert len(kernels.triton_kernels) == 1 and len(kernels.extern_calls) == 3
 
@@ -237,7 +178,7 @@ def test_our_routers_and_the_sort_are_one_op(name: str) -> None:
         weights, ids = OURS[name](x)
         return weights, ids, *sort_tokens(ids, E)
 
-    kernels = on_a_gpu(route_and_sort)
+    kernels = on_a_gpu(route_and_sort, 48, E)
     assert (kernels.triton_kernels, kernels.op_calls) == ([], ["route_and_sort_tokens"])
 
 
@@ -251,14 +192,7 @@ def test_sorts_of_something_else_stay(case: str) -> None:
             return sort_tokens(ids, E, torch.arange(E, device=ids.device))
         return sort_tokens(ids - 1, E)
 
-    assert on_a_gpu(route_and_sort).op_calls == ["route_tokens", "sort_tokens"]
-
-
-def traced(function: Router, logits: Tensor) -> fx.GraphModule:
-    decompositions = select_decomp_table()
-    module = make_fx(lambda x: function(x), decomposition_table=decompositions, tracing_mode="fake")(logits)
-    module.graph.eliminate_dead_code()
-    return module
+    assert on_a_gpu(route_and_sort, 48, E).op_calls == ["route_tokens", "sort_tokens"]
 
 
 def assert_same_results(function: Router, logits: Tensor, ops: list[Any], *functions: Any) -> None:
@@ -268,17 +202,14 @@ def assert_same_results(function: Router, logits: Tensor, ops: list[Any], *funct
         graph_pass(module.graph)
     module.graph.lint()
     module.recompile()
-    called = [node.target for node in module.graph.nodes if "compile_moe" in str(node.target)]
-    assert called == ops
+    assert our_calls(module) == ops
     results, expected = module(logits), function(logits)
     results, expected = ((r,) if isinstance(r, Tensor) else r for r in (results, expected))
     for result, e in zip(results, expected, strict=True):
         assert (result.dtype, result.shape) == (e.dtype, e.shape)
         # The unfused one rounds in between.
         torch.testing.assert_close(result, e, rtol=1e-6 if logits.dtype is torch.float32 else 2**-7, atol=0)
-    for node in module.graph.nodes:
-        if node.op == "call_function" and isinstance(node.meta["val"], Tensor):
-            assert node.users or node.op == "output", f"{node} is left over"
+    assert_nothing_left_over(module)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -104,6 +104,7 @@ def test_sort_and_finalize(capability: int, mapped: bool) -> None:
 # E, topk, scoring, groups, groups of a token.
 ROUTERS = {
     "qwen3-30b": (128, 8, "softmax", 1, 1),
+    "longcat": (768, 12, "softmax", 1, 1),
     "gpt-oss-120b": (128, 4, "topk_softmax", 1, 1),
     "deepseek-v3": (256, 8, "sigmoid", 8, 4),
     "odd-groups": (35, 3, "sigmoid", 5, 2),
@@ -120,7 +121,8 @@ def test_router(router: str, capability: int) -> None:
         pytest.skip("every router for sm_90, two for each architecture")
     m = 5
     logits = empty(m, e, dtype=torch.bfloat16)
-    bias = empty(e, dtype=torch.float32) if scoring == "sigmoid" else None
+    biased = scoring == "sigmoid" or router == "longcat"
+    bias = empty(e, dtype=torch.float32) if biased else None
     weights, ids = empty(m, topk, dtype=torch.float32), empty(m, topk, dtype=torch.int64)
     constants = route_tokens.routing_constants(e, topk, scoring, bias, num_groups, topk_group, True)
     arguments = route_tokens.routing_arguments(weights, ids, logits, bias, 2.5)

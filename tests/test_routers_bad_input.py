@@ -84,7 +84,12 @@ def test_bad_input(name: str) -> None:
 #: Of the ops, which the routers' functions don't let happen.
 BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "scoring": ({"scoring": "tanh"}, "scoring must be one of softmax, topk_softmax, sigmoid, got 'tanh'"),
-    "bias": ({"correction_bias": torch.zeros(8)}, "need scoring='sigmoid', got 'softmax'; leave them out"),
+    "bias": (
+        {"scoring": "topk_softmax", "correction_bias": torch.zeros(8)},
+        "correction_bias needs scoring='softmax' or 'sigmoid', got 'topk_softmax'; leave it out",
+    ),
+    "epsilon": ({"epsilon": -1.0}, "epsilon must be at least 0, got -1.0"),
+    "excluded_score": ({"excluded_score": float("nan")}, "excluded_score must be a number or None, got NaN"),
     "groups": ({"num_expert_group": 2, "topk_group": 2}, "need scoring='sigmoid', got 'softmax'"),
 }
 

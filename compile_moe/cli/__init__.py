@@ -12,6 +12,7 @@ from rich.console import Console
 
 from compile_moe.cli.bench import CONTESTANTS, BenchOptions, run_bench
 from compile_moe.cli.demo import DemoOptions, run_demo
+from compile_moe.cli.explain import ExplainOptions, own_shape, run_explain
 from compile_moe.cli.moe_layer import MODELS
 from compile_moe.cli.refusal import Refusal
 
@@ -81,7 +82,7 @@ def bench_command(
 ) -> None:
     """Time a MoE layer with our experts and with those of transformers, side by side.
 
-    Compiled, with a dynamic number of tokens; on a GPU, up to 256 tokens are replayed as a CUDA graph over 8 inputs.
+    Compiled, with a dynamic number of tokens; on a GPU, replayed as a CUDA graph over 8 inputs.
     Results are compared before anything is timed.
     """
     try:
@@ -91,6 +92,58 @@ def bench_command(
     names = tuple(contestants.split(","))
     with _refusing():
         run_bench(BenchOptions(model, numbers, part, names, device, dtype, json, seed))
+
+
+@app.command("explain")
+def explain_command(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{', '.join(MODELS)}; or a folder with a config.json. Default: qwen3-30b-a3b, unless sizes are given."
+        ),
+    ] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="K, of a shape of your own.")] = None,
+    intermediate_size: Annotated[int | None, typer.Option(help="I, of one expert.")] = None,
+    num_experts: Annotated[int | None, typer.Option(help="Number of experts.")] = None,
+    topk: Annotated[int | None, typer.Option(help="Experts of a token.")] = None,
+    shared_intermediate_size: Annotated[
+        int, typer.Option(help="I of a shared expert beside a shape of your own; 0: none.")
+    ] = 0,
+    tokens: Annotated[int, typer.Option(help="Tokens of one call.")] = ExplainOptions.tokens,
+    static: Annotated[
+        bool, typer.Option("--static", help="Compile for this number of tokens only, not for any.")
+    ] = False,
+    activation: Annotated[
+        str | None,
+        typer.Option(help="FILE.py:FUNCTION, from gate_up (..., N) to (..., I), for the model's own."),
+    ] = None,
+    experts: Annotated[
+        str,
+        typer.Option(
+            help="Experts implementation of transformers; 'grouped_mm' shows the layer without ours."
+        ),
+    ] = ExplainOptions.experts,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    html: Annotated[Path | None, typer.Option(help="File for the same as a web page.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="File for the same as a picture.")] = None,
+) -> None:
+    """Show which kernels a compiled MoE layer has, what was fused into each, and why something was not.
+
+    The layer is RMSNorm, router, experts, residual and RMSNorm, of the model's own classes. It is compiled, but
+    neither allocated nor run.
+    """
+    sizes = {
+        "--hidden-size": hidden_size,
+        "--intermediate-size": intermediate_size,
+        "--num-experts": num_experts,
+        "--topk": topk,
+    }
+    with _refusing():
+        shape = own_shape(sizes, model, shared_intermediate_size)
+        run_explain(
+            ExplainOptions(model, shape, tokens, static, activation, experts, device, dtype, html, svg)
+        )
 
 
 @contextmanager

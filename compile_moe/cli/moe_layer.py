@@ -89,14 +89,14 @@ def custom_configuration(
     sizes = {
         "--hidden-size": hidden_size,
         "--intermediate-size": intermediate_size,
-        "--experts": num_experts,
+        "--num-experts": num_experts,
         "--topk": topk,
     }
     for option, size in sizes.items():
         if size < 1:
             raise Refusal(f"{option} must be at least 1, got {size}")
     if topk > num_experts:
-        raise Refusal(f"--topk must be at most --experts, got {topk} of {num_experts}")
+        raise Refusal(f"--topk must be at most --num-experts, got {topk} of {num_experts}")
     if shared_intermediate_size < 0:
         raise Refusal(
             f"--shared-intermediate-size must be at least 0 (no shared expert), got {shared_intermediate_size}"

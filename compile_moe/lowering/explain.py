@@ -10,35 +10,31 @@ from torch import fx
 
 from compile_moe.lowering import fuse_epilogue, fuse_router
 from compile_moe.lowering.inductor_compat import ScheduledKernel, scheduled_kernels
+from compile_moe.ops.act_and_mul import act_and_mul
 from compile_moe.ops.gather_gemm import gather_gemm
+from compile_moe.ops.registry import NAMESPACE
+from compile_moe.ops.weight_and_reduce import weight_and_reduce
 
 _REFUSALS = (fuse_router.refusals, fuse_epilogue.refusals)
-# What makes no work of its own.
-_SILENT = (
-    "getitem",
-    "view",
-    "reshape",
-    "_unsafe_view",
-    "unsqueeze",
-    "squeeze",
-    "expand",
-    "permute",
-    "slice",
-    "split",
-)
+# What makes no work of its own in a generated kernel.
+_SILENT = {
+    *("_unsafe_view", "alias", "expand", "permute", "reshape", "squeeze", "transpose", "unsqueeze", "view"),
+    *("getitem", "select", "slice", "split", "split_with_sizes", "unbind", "clone", "full"),
+}
 
 
 class Kernel(NamedTuple):
-    """One kernel, or the kernels of one op.
+    """One step of a compiled graph.
 
-    generated: whether inductor generates it. name: the op's or library's name, or the operations that are fused.
-    operations: what it computes, by the names of aten and compile_moe. epilogue: the program in GEMM 1's epilogue, "".
+    kind: "generated" (one kernel that inductor generates), "op" (one of ours, which launches its own kernels) or "call"
+    (of a library or of another op). name: of what is called; "" where generated. operations: what it computes, in the
+    names of aten and of our ops. epilogue: the program that runs in GEMM 1's epilogue, or "".
     """
 
-    generated: bool
+    kind: str
     name: str
     operations: tuple[str, ...]
-    epilogue: str
+    epilogue: str = ""
 
 
 class Explanation(NamedTuple):
@@ -53,7 +49,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
     Args:
         function: a function or module that :func:`torch.compile` takes with ``fullgraph=True``.
-        args, kwargs: its arguments. The kernels are those for their device.
+        args, kwargs: its arguments, which may be fake tensors. The kernels are those for their device.
 
     Raises:
         NotImplementedError: this torch has another inductor than this version knows.
@@ -69,11 +65,20 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
 def _kernel(scheduled: ScheduledKernel) -> Kernel:
     nodes = sorted(scheduled.origins, key=_position)
-    operations = tuple(dict.fromkeys(name for name in map(_name, nodes) if name not in _SILENT))
-    epilogues = [_epilogue(node) for node in nodes if node.target is gather_gemm]
-    return Kernel(
-        scheduled.generated, scheduled.name or " + ".join(operations), operations, "".join(epilogues)
-    )
+    if scheduled.generated:
+        names = dict.fromkeys(_name(node) for node in nodes if _is_lowered(node))
+        return Kernel("generated", "", tuple(name for name in names if name not in _SILENT))
+    name = scheduled.name.removesuffix(".out")
+    kind = "op" if name.startswith(f"{NAMESPACE}.") else "call"
+    own = [node for node in nodes if name in (_name(node), f"aten.{_name(node)}")]
+    epilogue = next((_epilogue(node) for node in own if node.target is gather_gemm), "")
+    return Kernel(kind, name, tuple(dict.fromkeys(map(_name, own))), epilogue)
+
+
+def _is_lowered(node: fx.Node) -> bool:
+    """Whether a generated kernel can compute ``node``: what a call asks of its arguments makes it their origin, too."""
+    namespace = getattr(node.target, "namespace", "aten")
+    return namespace in ("aten", "prims") or node.target in (act_and_mul, weight_and_reduce)
 
 
 def _epilogue(gemm: fx.Node) -> str:

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from compile_moe.ops.aten_vocabulary import is_constant, is_slice, is_translatable, tensor_inputs
+from compile_moe.ops.aten_vocabulary import (
+    described,
+    is_constant,
+    is_slice,
+    is_translatable,
+    tensor_inputs,
+)
 from compile_moe.ops.gather_gemm import gather_gemm
 from compile_moe.ops.graph_to_epilogue import GraphToEpilogue, NotPointwise
 from compile_moe.ops.scatter_gemm import scatter_gemm
@@ -42,7 +48,7 @@ def fuse_epilogue(graph: fx.Graph) -> None:
         try:
             _fuse(graph, gemm, arguments)
         except NotPointwise as refusal:
-            refusals.append(f"{gemm.name}: {refusal}")
+            refusals.append(f"activation behind {gemm.name}: {refusal}")
             del refusals[:-_MOST_REFUSALS]
 
 
@@ -54,7 +60,7 @@ def _fuse(graph: fx.Graph, gemm: fx.Node, arguments: dict[str, Any]) -> None:
     read_by_scatter_only = all(user.target is scatter_gemm and user.args[0] is end for user in end.users)
     if arguments.get("zero_skipped", False) and not read_by_scatter_only:
         # Rows of skipped slots would hold zeros instead of the activation of zeros.
-        raise NotPointwise(f"{end.format_node()} has users that may read the rows of skipped slots")
+        raise NotPointwise(f"{described(end)} has users that may read the rows of skipped slots")
     program = GraphToEpilogue(num_columns, gemm.meta["val"].shape[0]).program(_subgraph(gemm, region, end))
     # Where the GEMM stood: sizes are read off it before the region ends.
     with graph.inserting_before(gemm):
@@ -84,9 +90,9 @@ def _region(gemm: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
             if is_translatable(node):
                 reached[node] = None
             elif not stopped:
-                stopped = f"{node.format_node()} is not a pointwise operation an epilogue can hold"
+                stopped = f"{described(node)} is not a pointwise operation an epilogue can hold"
         elif any(source in reached for source in sources) and not stopped:
-            stopped = f"{node.format_node()} takes other tensors"
+            stopped = f"{described(node)} takes other tensors"
     for end in reversed(reached):
         if end is gemm:
             break

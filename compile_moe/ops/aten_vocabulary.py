@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -115,3 +116,14 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     return [
         source for source in node.all_input_nodes if isinstance(source.meta.get("val"), (Tensor, tuple, list))
     ]
+
+
+def described(node: fx.Node) -> str:
+    """What ``node`` computes, and which line of the model says so: "cumsum (`x.cumsum(-1)`, line 7 of model.py)"."""
+    target: Any = node.target
+    name = str(getattr(target, "overloadpacket", getattr(target, "__name__", target))).rpartition(".")[2]
+    frames = re.findall(r'File "(?:.*/)?(.+)", line (\d+).*\n\s*(.+)', node.meta.get("stack_trace") or "")
+    if not frames:
+        return name
+    file, line, code = frames[-1]
+    return f"{name} (`{code}`, line {line} of {file})"

@@ -29,6 +29,7 @@ from compile_moe.ops.aten_vocabulary import (
     SUB,
     UNARY,
     WHERE,
+    described,
 )
 from compile_moe.ops.epilogue import Layout, Operand, Program, Step
 
@@ -103,7 +104,7 @@ class GraphToEpilogue:
         elif target in CASTS:
             dtype = node.kwargs.get("dtype", node.args[1] if len(node.args) > 1 else None)
             if dtype not in FLOATS:
-                raise NotPointwise(f"{node.format_node()} casts to {dtype}")
+                raise NotPointwise(f"{described(node)} casts to {dtype}")
             self._forward(node)
         elif target in CONSTANTS:
             fill: Any = CONSTANTS[target]
@@ -124,7 +125,7 @@ class GraphToEpilogue:
             self.values[node] = self.values[source]
             return
         if source not in self.columns:
-            raise NotPointwise(f"{node.format_node()} slices a computed value")
+            raise NotPointwise(f"{described(node)} slices a computed value")
         first, last, step = self.columns[source]
         width = (last - first + step - 1) // step
         if target is aten.slice.Tensor:
@@ -135,7 +136,7 @@ class GraphToEpilogue:
             stride: Any = arguments.get("step", 1)
             if dim % 2 == 0:
                 if not self._is_all_rows(start, end, stride):
-                    raise NotPointwise(f"{node.format_node()} selects rows")
+                    raise NotPointwise(f"{described(node)} selects rows")
                 self.columns[node] = (first, last, step)
                 return
             begin, stop, _ = slice(start, end).indices(width)
@@ -144,7 +145,7 @@ class GraphToEpilogue:
         arguments = dict(zip(("sizes", "dim"), node.args[1:], strict=False)) | node.kwargs
         dim = arguments.get("dim", 0)
         if dim % 2 != 1:
-            raise NotPointwise(f"{node.format_node()} splits rows")
+            raise NotPointwise(f"{described(node)} splits rows")
         sizes: Any = arguments["sizes"] if "sizes" in arguments else arguments["split_size"]
         if target is aten.chunk.default:
             sizes = -(-width // sizes)
@@ -175,11 +176,11 @@ class GraphToEpilogue:
             }
         if columns not in layouts:
             raise NotPointwise(
-                f"{node.format_node()} uses columns {first}:{last}:{step} of {n}, neither halves nor even and odd ones"
+                f"{described(node)} uses columns {first}:{last}:{step} of {n}, neither halves nor even and odd ones"
             )
         layout, name = layouts[columns]
         if self.layout not in (None, layout):
-            raise NotPointwise(f"{node.format_node()} mixes {self.layout} and {layout} columns")
+            raise NotPointwise(f"{described(node)} mixes {self.layout} and {layout} columns")
         self.layout = layout
         self.width = n if layout == "ungated" else half
         return name
@@ -192,7 +193,7 @@ class GraphToEpilogue:
                 return self._input(self.columns[argument], node)
             if argument in self.values:
                 return self.values[argument]
-        raise NotPointwise(f"{node.format_node()} uses {argument!r}")
+        raise NotPointwise(f"{described(node)} uses {argument!r}")
 
     def _emit(self, op: str, *operands: Operand) -> str:
         step = Step(op, operands)
@@ -203,14 +204,14 @@ class GraphToEpilogue:
     def _pointwise(self, node: fx.Node, target: Any) -> None:
         args = node.args
         if any(isinstance(a, complex) for a in args):
-            raise NotPointwise(f"{node.format_node()} is complex")
+            raise NotPointwise(f"{described(node)} is complex")
         if target in UNARY:
             value: Operand = self._emit(UNARY[target], self._operand(args[0], node))
         elif target in BINARY and not node.kwargs:
             op = BINARY[target]
             operands = [self._operand(a, node) for a in args[:2]]
             if op in LOGICAL and not all(_is_bool(a) for a in args[:2]):
-                raise NotPointwise(f"{node.format_node()} combines values that are not comparisons")
+                raise NotPointwise(f"{described(node)} combines values that are not comparisons")
             value = self._emit(op, *operands)
         elif target in (*ADD, *SUB, *RSUB):
             value = self._add(node, target)
@@ -220,7 +221,7 @@ class GraphToEpilogue:
             value = self._clamp(node)
         elif target in WHERE:
             if not _is_bool(args[0]):
-                raise NotPointwise(f"{node.format_node()} selects by a value that is no comparison")
+                raise NotPointwise(f"{described(node)} selects by a value that is no comparison")
             value = self._emit("where", *(self._operand(a, node) for a in args[:3]))
         elif target is aten.sign.default:
             source = self._operand(args[0], node)
@@ -229,7 +230,7 @@ class GraphToEpilogue:
         elif target is aten.pow.Tensor_Scalar:
             value = self._power(self._operand(args[0], node), args[1], node)
         else:
-            raise NotPointwise(f"{node.format_node()} is not a pointwise operation an epilogue can hold")
+            raise NotPointwise(f"{described(node)} is not a pointwise operation an epilogue can hold")
         self.values[node] = value
 
     def _add(self, node: fx.Node, target: Any) -> Operand:
@@ -255,9 +256,7 @@ class GraphToEpilogue:
         if exponent == 0.5:
             return self._emit("sqrt", base)
         if not float(exponent).is_integer() or not 1 <= abs(exponent) <= 8:
-            raise NotPointwise(
-                f"{node.format_node()} raises to a power that is no integer of 1 to 8, nor 0.5"
-            )
+            raise NotPointwise(f"{described(node)} raises to a power that is no integer of 1 to 8, nor 0.5")
         value = base
         for _ in range(math.trunc(abs(exponent)) - 1):
             value = self._emit("mul", value, base)

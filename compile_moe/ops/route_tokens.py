@@ -6,12 +6,15 @@ Args:
     scoring: one of
         "softmax": softmax over all experts, then the topk largest (Mixtral, Qwen3-MoE, OLMoE);
         "topk_softmax": the topk largest, then softmax over them (gpt-oss);
-        "sigmoid": the topk largest sigmoids + correction_bias; weighted without the bias (DeepSeek-V3).
-    correction_bias: (E,), floating point; for "sigmoid" only.
+        "sigmoid": the topk largest sigmoids (DeepSeek-V3).
+    correction_bias: (E,), floating point; for "softmax" and "sigmoid". Experts are chosen by scores + bias and weighted
+        by scores.
     num_expert_group, topk_group: experts form num_expert_group groups of consecutive ids, of which a token chooses
         among topk_group, those with the largest sums of their two best experts; for "sigmoid" only.
-    renormalize: divide the chosen weights by their sum.
+    renormalize: divide the chosen weights by their sum + epsilon.
     routed_scaling_factor: factor on the weights, after renormalization.
+    epsilon: keeps weights zero, instead of NaN, where all chosen scores are 0 in float32.
+    excluded_score: what experts outside the topk_group groups have instead of score + bias; None: they are not chosen.
 
 Returns:
     topk_weights (M, topk) float32.
@@ -23,6 +26,7 @@ inputs give equal bits.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,9 +39,11 @@ from compile_moe.ops.registry import OutputSpec, define_op
 SCORINGS = ("softmax", "topk_softmax", "sigmoid")
 #: What one program of the kernel holds.
 MAX_EXPERTS = 4096
+EPSILON = 1e-20
 ARGUMENTS = (
     "Tensor router_logits, SymInt topk, str scoring, Tensor? correction_bias=None, SymInt num_expert_group=1, "
-    "SymInt topk_group=1, bool renormalize=False, float routed_scaling_factor=1.0"
+    "SymInt topk_group=1, bool renormalize=False, float routed_scaling_factor=1.0, "
+    f"float epsilon={EPSILON}, float? excluded_score=None"
 )
 
 
@@ -53,6 +59,8 @@ def check_routing(
     topk_group: int = 1,
     renormalize: bool = False,
     routed_scaling_factor: float = 1.0,
+    epsilon: float = EPSILON,
+    excluded_score: float | None = None,
 ) -> None:
     """Raise ValueError or TypeError for arguments that don't fit together."""
     require_tensors(router_logits=router_logits)
@@ -64,10 +72,18 @@ def check_routing(
         raise ValueError(f"topk must be 1 to E = {num_experts} (router_logits.size(1)), got {topk}")
     if scoring not in SCORINGS:
         raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
-    if scoring != "sigmoid" and (correction_bias is not None or num_expert_group != 1 or topk_group != 1):
+    if scoring != "sigmoid" and (num_expert_group != 1 or topk_group != 1):
         raise ValueError(
-            f"correction_bias, num_expert_group and topk_group need scoring='sigmoid', got {scoring!r}; leave them out"
+            f"num_expert_group and topk_group need scoring='sigmoid', got {scoring!r}; leave them out"
         )
+    if scoring == "topk_softmax" and correction_bias is not None:
+        raise ValueError(
+            f"correction_bias needs scoring='softmax' or 'sigmoid', got {scoring!r}; leave it out"
+        )
+    if not epsilon >= 0.0:
+        raise ValueError(f"epsilon must be at least 0, got {epsilon}")
+    if excluded_score is not None and math.isnan(excluded_score):
+        raise ValueError("excluded_score must be a number or None, got NaN")
     _check_groups(num_experts, topk, num_expert_group, topk_group)
     if correction_bias is not None:
         _check_bias(correction_bias, router_logits)
@@ -138,36 +154,38 @@ def route_tokens_torch(
     topk_group: int = 1,
     renormalize: bool = False,
     routed_scaling_factor: float = 1.0,
+    epsilon: float = EPSILON,
+    excluded_score: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The result in plain PyTorch: any device, traceable, differentiable."""
-    if scoring == "softmax":
-        weights, ids = router_logits.softmax(-1, dtype=torch.float32).topk(topk)
-    elif scoring == "topk_softmax":
+    if scoring == "topk_softmax":
         logits, ids = router_logits.float().topk(topk)
         weights = logits.softmax(-1)
     else:
-        scores = router_logits.float().sigmoid()
+        logits = router_logits.float()
+        scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
         choice = scores if correction_bias is None else scores + correction_bias.float()
-        ids = _limit_to_groups(choice, num_expert_group, topk_group).topk(topk).indices
+        ids = _limit_to_groups(choice, num_expert_group, topk_group, excluded_score).topk(topk).indices
         weights = scores.gather(1, ids)
     if renormalize:
-        # Sigmoids of very negative logits are 0 in float32: keep such rows zero instead of NaN.
-        smallest = 1e-20 if scoring == "sigmoid" else 0.0
-        weights = weights / (weights.sum(-1, keepdim=True) + smallest)
+        weights = weights / (weights.sum(-1, keepdim=True) + epsilon)
     if routed_scaling_factor != 1.0:
         weights = weights * routed_scaling_factor
     return weights, ids
 
 
-def _limit_to_groups(choice: Tensor, num_expert_group: int, topk_group: int) -> Tensor:
-    """``choice`` (M, E) with -inf outside the topk_group groups whose two best sum up highest."""
+def _limit_to_groups(
+    choice: Tensor, num_expert_group: int, topk_group: int, excluded_score: float | None
+) -> Tensor:
+    """``choice`` (M, E), but excluded_score or -inf outside the topk_group groups whose two best sum up highest."""
     if topk_group == num_expert_group:
         return choice
     groups = choice.unflatten(1, (num_expert_group, -1))
     group_scores = groups.topk(min(2, groups.size(2))).values.sum(-1)
     best = group_scores.topk(topk_group).indices
     chosen = torch.zeros_like(group_scores, dtype=torch.bool).scatter(1, best, True)
-    return groups.masked_fill(~chosen.unsqueeze(-1), float("-inf")).flatten(1)
+    excluded = -math.inf if excluded_score is None else excluded_score
+    return groups.masked_fill(~chosen.unsqueeze(-1), excluded).flatten(1)
 
 
 def _launch(outputs: tuple[Tensor, Tensor], *arguments: Any, **options: Any) -> None:

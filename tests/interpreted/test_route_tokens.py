@@ -52,6 +52,24 @@ CASES: dict[str, tuple[int, int, int, str, dict[str, Any]]] = {
         {"num_expert_group": 12, "topk_group": 5, "correction_bias": True},
     ),
     "all-of-one-group": (5, 12, 4, "sigmoid", {"num_expert_group": 3, "topk_group": 1}),
+    "softmax-bias": (5, 16, 3, "softmax", {"correction_bias": True, "routed_scaling_factor": 2.5}),
+    "odd-softmax-bias": (5, 37, 5, "softmax", {"correction_bias": True, "renormalize": True}),
+    "large-epsilon": (5, 16, 3, "sigmoid", {"renormalize": True, "epsilon": 0.5}),
+    "softmax-large-epsilon": (5, 16, 3, "softmax", {"renormalize": True, "epsilon": 0.5}),
+    "excluded-at-zero": (
+        5,
+        35,
+        4,
+        "sigmoid",
+        {"correction_bias": -1.5, "num_expert_group": 5, "topk_group": 2, "excluded_score": 0.0},
+    ),
+    "excluded-at-a-negative-number": (
+        5,
+        32,
+        4,
+        "sigmoid",
+        {"correction_bias": -1.5, "num_expert_group": 4, "topk_group": 1, "excluded_score": -0.75},
+    ),
     "groups-that-limit-nothing": (5, 12, 4, "sigmoid", {"num_expert_group": 3, "topk_group": 3}),
 }
 each_case = pytest.mark.parametrize("case", CASES)
@@ -62,7 +80,9 @@ def arguments_of(case: str, dtype: torch.dtype = torch.float32) -> tuple[Any, ..
     m, num_experts, topk, scoring, options = CASES[case]
     levels = torch.rand(m, num_experts).argsort(-1).double()
     logits = (levels - num_experts / 2) * (8 / max(16, num_experts))
-    bias = torch.rand(num_experts) if options.get("correction_bias") else None
+    bias = options.get("correction_bias")
+    if bias is not None:
+        bias = torch.rand(num_experts) + (0.0 if bias is True else bias)
     return (
         logits.to(dtype),
         topk,
@@ -72,6 +92,8 @@ def arguments_of(case: str, dtype: torch.dtype = torch.float32) -> tuple[Any, ..
         options.get("topk_group", 1),
         options.get("renormalize", False),
         options.get("routed_scaling_factor", 1.0),
+        options.get("epsilon", 1e-20),
+        options.get("excluded_score"),
     )
 
 
@@ -82,19 +104,23 @@ def assert_routing(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor
 
 def in_float64(logits: Tensor, topk: int, scoring: str, *options: Any) -> tuple[Tensor, Tensor]:
     """Weights and ids by sorting, token by token."""
-    bias, num_groups, topk_group, renormalize, scaling_factor = options
+    bias, num_groups, topk_group, renormalize, scaling_factor, epsilon, excluded_score = options
     rows = []
     for row in logits.double():
         scores = row.sigmoid() if scoring == "sigmoid" else row.softmax(-1)
-        choice = scores if bias is None else scores + bias.double()
+        choice = scores.clone() if bias is None else scores + bias.double()
         groups = choice.view(num_groups, -1)
         group_scores = groups.sort(-1, descending=True).values[:, :2].sum(-1)
         allowed = set(group_scores.argsort(descending=True)[:topk_group].tolist())
         candidates = [e for e in range(len(row)) if e // groups.size(1) in allowed]
+        if excluded_score is not None:
+            excluded = [e for e in range(len(row)) if e not in candidates]
+            choice[excluded] = excluded_score
+            candidates = list(range(len(row)))
         ids = sorted(candidates, key=lambda e: -choice[e].item())[:topk]
         weights = scores[ids]
         if renormalize or scoring == "topk_softmax":
-            weights = weights / weights.sum()
+            weights = weights / (weights.sum() + (epsilon if renormalize else 0))
         rows.append((weights * scaling_factor, torch.tensor(ids)))
     return torch.stack([w for w, _ in rows]), torch.stack([i for _, i in rows])
 
@@ -107,7 +133,9 @@ def test_route(case: str, dtype: torch.dtype) -> None:
     arguments = arguments_of(case, dtype)
     result = launch(route_tokens, *arguments)
     if dtype is torch.float32 or CASES[case][1] < 100:
-        assert_routing(result, route_tokens_torch(*arguments))
+        if arguments[-1] is None:
+            # Excluded experts tie.
+            assert_routing(result, route_tokens_torch(*arguments))
         if len(arguments[0]):
             assert_routing(result, in_float64(*arguments))
     else:
@@ -163,10 +191,10 @@ def test_not_finite(case: str, value: float) -> None:
         logits[0], logits[1], logits[1, -1] = value, 0.5, value
     arguments = logits, topk, scoring, bias, *options
     result = launch(route_tokens, *arguments)
-    if options[0] == 1 or value == -math.inf:
+    if options[0] == 1 or (value == -math.inf and options[-1] is None):
         assert_a_choice_of_topk(result, arguments)
     else:
-        # Which group wins depends on ties of infinite sums: the ids must still be ids.
+        # Which group wins depends on ties of infinite sums, and who of the excluded on theirs: the ids must be ids.
         assert ((result[1] >= 0) & (result[1] < logits.size(1))).all()
 
 

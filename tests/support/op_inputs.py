@@ -44,7 +44,7 @@ def stage_inputs(layer: Layer) -> dict[str, tuple[Any, ...]]:
     num_experts = w1.size(0)
     logits = torch.randn(m, num_experts, device=x.device).to(x.dtype)
     bias = torch.rand(num_experts, device=x.device)
-    router = (logits, min(topk, num_experts), "sigmoid", bias, 1, 1, True, 2.5)
+    router = (logits, min(topk, num_experts), "sigmoid", bias, 1, 1, True, 2.5, 1e-6, 0.5)
     return {
         "route_tokens": router,
         "route_and_sort_tokens": router,

@@ -22,12 +22,13 @@ from compile_moe.ops.kernels.route_tokens import (
     routing_key,
 )
 
-#: Sizes of the matrix that the single program is compiled for, in tokens, and the most elements it may have.
-TOKEN_BLOCKS = (1, 8, 64)
-MAX_ELEMENTS = 8192
+#: Sizes of the matrix that the single program is compiled for, in tokens, and the most elements it may have: with
+#: more, two launches of many programs are faster (measured on an H100, 8 to 512 experts).
+TOKEN_BLOCKS = (1, 8, 16, 64)
+MAX_ELEMENTS = 2048
 
 
-@triton.jit(do_not_specialize=["num_tokens", "scaling_factor"])
+@triton.jit(do_not_specialize=["num_tokens", "scaling_factor", "epsilon"])
 def route_and_sort_kernel(
     topk_weights_ptr,
     topk_ids_ptr,
@@ -35,6 +36,7 @@ def route_and_sort_kernel(
     bias_ptr,
     num_tokens,
     scaling_factor,
+    epsilon,
     stride_lm,
     stride_le,
     stride_be,
@@ -49,6 +51,7 @@ def route_and_sort_kernel(
     TOPK_GROUP: tl.constexpr,
     GROUPS_PAD: tl.constexpr,
     SIZE_PAD: tl.constexpr,
+    EXCLUDED_KEY: tl.constexpr,
     TOPK_PAD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -61,6 +64,7 @@ def route_and_sort_kernel(
         row,
         num_tokens,
         scaling_factor,
+        epsilon,
         stride_lm,
         stride_le,
         stride_be,
@@ -73,6 +77,7 @@ def route_and_sort_kernel(
         TOPK_GROUP,
         GROUPS_PAD,
         SIZE_PAD,
+        EXCLUDED_KEY,
         TOPK_PAD,
     )
     chosen = (order >= 0) & (row < num_tokens)
@@ -116,14 +121,23 @@ def route_and_sort_tokens(
     topk_group: int = 1,
     renormalize: bool = False,
     routed_scaling_factor: float = 1.0,
+    epsilon: float = 1e-20,
+    excluded_score: float | None = None,
 ) -> None:
     """Launch router and sort into (M, topk) float32 and int64, (S,) and (E + 1,) int32, all contiguous."""
     m, num_experts = router_logits.shape
     constants = routing_constants(
-        num_experts, topk, scoring, correction_bias, num_expert_group, topk_group, renormalize
+        num_experts,
+        topk,
+        scoring,
+        correction_bias,
+        num_expert_group,
+        topk_group,
+        renormalize,
+        excluded_score,
     )
     arguments = routing_arguments(
-        topk_weights, topk_ids, router_logits, correction_bias, routed_scaling_factor
+        topk_weights, topk_ids, router_logits, correction_bias, routed_scaling_factor, epsilon
     )
     single = single_launches(sorted_slots, expert_offsets, arguments, constants)
     fitting = [rows for rows in single if m <= rows]

@@ -6,6 +6,7 @@ found exactly. The best expert is taken topk times; the lowest id wins a tie.
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import triton
@@ -15,10 +16,10 @@ from triton.language.extra import libdevice
 
 from compile_moe.ops.kernels.launch import Launch, launch_all, pointer_key
 
-# Below the keys of all floats: an expert that is taken, or none; and one outside the chosen groups.
+# Below the keys of all floats: an expert that is taken, or none; and, above it, one that may not be chosen.
 _NO_KEY = tl.constexpr(-(2**31))
-_HIDDEN_KEY = tl.constexpr(-(2**31) + 1)
 _NAN_KEY = tl.constexpr(2**31 - 1)
+_HIDDEN_KEY = -(2**31) + 1
 #: Experts that one warp holds in registers without spilling.
 _EXPERTS_PER_WARP = 1024
 
@@ -58,8 +59,9 @@ def _limit_to_groups(
     GROUP_SIZE: tl.constexpr,
     GROUPS_PAD: tl.constexpr,
     SIZE_PAD: tl.constexpr,
+    EXCLUDED_KEY: tl.constexpr,
 ):
-    """Hide the experts outside the TOPK_GROUP groups whose two best scores sum up highest."""
+    """Give EXCLUDED_KEY to the experts outside the TOPK_GROUP groups whose two best scores sum up highest."""
     ROWS: tl.constexpr = key.shape[0]
     members = tl.reshape(key, (ROWS, GROUPS_PAD, SIZE_PAD))
     top, _, is_top = _best(members, tl.arange(0, SIZE_PAD)[None, None, :], SIZE_PAD)
@@ -74,9 +76,9 @@ def _limit_to_groups(
         _, _, here = _best(group_key, group, NUM_GROUPS)
         chosen = tl.where(here, 1, chosen)
         group_key = tl.where(here, _NO_KEY, group_key)
-    # Padding stays below what is hidden: both lose, but only experts may be chosen.
-    hidden = (tl.reshape(chosen, (ROWS, GROUPS_PAD, 1)) == 0) & (members != _NO_KEY)
-    return tl.reshape(tl.where(hidden, _HIDDEN_KEY, members), (ROWS, GROUPS_PAD * SIZE_PAD))
+    # Padding stays below what is excluded: only experts may be chosen.
+    excluded = (tl.reshape(chosen, (ROWS, GROUPS_PAD, 1)) == 0) & (members != _NO_KEY)
+    return tl.reshape(tl.where(excluded, EXCLUDED_KEY, members), (ROWS, GROUPS_PAD * SIZE_PAD))
 
 
 @triton.jit
@@ -88,6 +90,7 @@ def route_rows(
     row,  # (ROWS, 1)
     num_tokens,
     scaling_factor,
+    epsilon,
     stride_lm,
     stride_le,
     stride_be,
@@ -100,6 +103,7 @@ def route_rows(
     TOPK_GROUP: tl.constexpr,
     GROUPS_PAD: tl.constexpr,
     SIZE_PAD: tl.constexpr,
+    EXCLUDED_KEY: tl.constexpr,
     TOPK_PAD: tl.constexpr,
 ):
     """Route the tokens ``row``; return which expert (1, P) each position is of, NUM_EXPERTS where it is of none, and
@@ -118,16 +122,17 @@ def route_rows(
     if SCORING == "softmax":
         top = tl.max(tl.where(is_expert, logits, float("-inf")), 1, keep_dims=True)
         score = tl.where(is_expert, libdevice.exp(logits - top), 0.0)
-        score = tl.div_rn(score, tl.broadcast_to(tl.sum(score, 1, keep_dims=True), score.shape))
+        total = tl.sum(score, 1, keep_dims=True)
+        score = tl.div_rn(score, tl.broadcast_to(total, score.shape))
     elif SCORING == "sigmoid":
         score = _sigmoid(logits)
-        if HAS_BIAS:
-            score += tl.load(bias_ptr + expert * stride_be, mask=is_expert, other=0.0).to(tl.float32)
     else:
         score = logits
+    if HAS_BIAS:
+        score += tl.load(bias_ptr + expert * stride_be, mask=is_expert, other=0.0).to(tl.float32)
     key = tl.where(is_expert, _key(score), _NO_KEY)
     if TOPK_GROUP < NUM_GROUPS:
-        key = _limit_to_groups(key, NUM_GROUPS, TOPK_GROUP, GROUP_SIZE, GROUPS_PAD, SIZE_PAD)
+        key = _limit_to_groups(key, NUM_GROUPS, TOPK_GROUP, GROUP_SIZE, GROUPS_PAD, SIZE_PAD, EXCLUDED_KEY)
 
     column = tl.arange(0, TOPK_PAD)[None, :]
     ids = tl.zeros((ROWS, TOPK_PAD), dtype=tl.int32)
@@ -142,9 +147,14 @@ def route_rows(
 
     in_row = column < TOPK
     mask = is_token & in_row
-    if SCORING == "sigmoid":
-        # The keys include the bias.
-        weight = _sigmoid(tl.load(row_ptr + ids * stride_le, mask=mask, other=0.0).to(tl.float32))
+    if HAS_BIAS or SCORING == "sigmoid":
+        # The keys include the bias, or are those of excluded experts.
+        chosen = tl.load(row_ptr + ids * stride_le, mask=mask, other=0.0).to(tl.float32)
+        if SCORING == "sigmoid":
+            weight = _sigmoid(chosen)
+        else:
+            weight = libdevice.exp(chosen - top)
+            weight = tl.div_rn(weight, tl.broadcast_to(total, weight.shape))
     else:
         weight = _value(chosen_key)
     if SCORING == "topk_softmax":
@@ -152,17 +162,15 @@ def route_rows(
         weight = tl.where(in_row, libdevice.exp(weight - top), 0.0)
         weight = tl.div_rn(weight, tl.broadcast_to(tl.sum(weight, 1, keep_dims=True), weight.shape))
     if RENORMALIZE:
-        total = tl.sum(tl.where(in_row, weight, 0.0), 1, keep_dims=True)
-        if SCORING == "sigmoid":
-            total += 1e-20
-        weight = tl.div_rn(weight, tl.broadcast_to(total, weight.shape))
+        chosen_total = tl.sum(tl.where(in_row, weight, 0.0), 1, keep_dims=True) + epsilon
+        weight = tl.div_rn(weight, tl.broadcast_to(chosen_total, weight.shape))
     out = row.to(tl.int64) * TOPK + column
     tl.store(topk_weights_ptr + out, weight * scaling_factor, mask=mask)
     tl.store(topk_ids_ptr + out, ids.to(tl.int64), mask=mask)
     return expert, order
 
 
-@triton.jit(do_not_specialize=["num_tokens", "scaling_factor"])
+@triton.jit(do_not_specialize=["num_tokens", "scaling_factor", "epsilon"])
 def route_tokens_kernel(
     topk_weights_ptr,
     topk_ids_ptr,
@@ -170,6 +178,7 @@ def route_tokens_kernel(
     bias_ptr,
     num_tokens,
     scaling_factor,
+    epsilon,
     stride_lm,
     stride_le,
     stride_be,
@@ -182,6 +191,7 @@ def route_tokens_kernel(
     TOPK_GROUP: tl.constexpr,
     GROUPS_PAD: tl.constexpr,
     SIZE_PAD: tl.constexpr,
+    EXCLUDED_KEY: tl.constexpr,
     TOPK_PAD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -194,6 +204,7 @@ def route_tokens_kernel(
         row,
         num_tokens,
         scaling_factor,
+        epsilon,
         stride_lm,
         stride_le,
         stride_be,
@@ -206,8 +217,15 @@ def route_tokens_kernel(
         TOPK_GROUP,
         GROUPS_PAD,
         SIZE_PAD,
+        EXCLUDED_KEY,
         TOPK_PAD,
     )
+
+
+def _key_of(score: float) -> int:
+    """What :func:`_key` makes of a number."""
+    (bits,) = struct.unpack("i", struct.pack("f", score or 0.0))
+    return int(bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
 def routing_constants(
@@ -218,6 +236,7 @@ def routing_constants(
     num_expert_group: int,
     topk_group: int,
     renormalize: bool,
+    excluded_score: float | None = None,
 ) -> dict[str, Any]:
     """The constexpr parameters of :func:`route_rows`."""
     # Groups that limit nothing are one group.
@@ -234,6 +253,7 @@ def routing_constants(
         "GROUPS_PAD": groups_pad,
         # At least a lane an expert.
         "SIZE_PAD": max(triton.next_power_of_2(num_experts // num_groups), 32 // groups_pad),
+        "EXCLUDED_KEY": _HIDDEN_KEY if excluded_score is None else _key_of(excluded_score),
         "TOPK_PAD": triton.next_power_of_2(topk),
     }
 
@@ -244,6 +264,7 @@ def routing_arguments(
     router_logits: Tensor,
     correction_bias: Tensor | None,
     routed_scaling_factor: float,
+    epsilon: float = 1e-20,
 ) -> tuple[Any, ...]:
     """The arguments of both kernels that choose experts."""
     m, num_experts = router_logits.shape
@@ -253,13 +274,13 @@ def routing_arguments(
     bias, stride_be = (
         (router_logits, 1) if correction_bias is None else (correction_bias, correction_bias.stride(0))
     )
-    scaling_factor = float(routed_scaling_factor)
-    return (topk_weights, topk_ids, router_logits, bias, m, scaling_factor, stride_lm, stride_le, stride_be)
+    factors = float(routed_scaling_factor), float(epsilon)
+    return (topk_weights, topk_ids, router_logits, bias, m, *factors, stride_lm, stride_le, stride_be)
 
 
 def routing_key(arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
     """What selects compiled code, for :func:`launch_all`."""
-    return (*map(pointer_key, arguments[:4]), *arguments[6:9], *constants.values())
+    return (*map(pointer_key, arguments[:4]), *arguments[7:10], *constants.values())
 
 
 def launch_for(arguments: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
@@ -281,13 +302,22 @@ def route_tokens(
     topk_group: int = 1,
     renormalize: bool = False,
     routed_scaling_factor: float = 1.0,
+    epsilon: float = 1e-20,
+    excluded_score: float | None = None,
 ) -> None:
     """Launch the router into topk_weights (M, topk) float32 and topk_ids (M, topk) int64, both contiguous."""
     constants = routing_constants(
-        router_logits.size(1), topk, scoring, correction_bias, num_expert_group, topk_group, renormalize
+        router_logits.size(1),
+        topk,
+        scoring,
+        correction_bias,
+        num_expert_group,
+        topk_group,
+        renormalize,
+        excluded_score,
     )
     arguments = routing_arguments(
-        topk_weights, topk_ids, router_logits, correction_bias, routed_scaling_factor
+        topk_weights, topk_ids, router_logits, correction_bias, routed_scaling_factor, epsilon
     )
     launch = launch_for(arguments, constants)
     launch_all(
