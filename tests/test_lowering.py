@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import expecttest
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,23 +32,84 @@ def finalize_block(
     return h, F.rms_norm(h, (K,), norm_weight, 1e-6)
 
 
+def finalize_arguments(topk: int) -> list[Tensor]:
+    return [
+        cuda_empty(32, topk, K),
+        cuda_empty(32, topk, dtype=torch.float32),
+        cuda_empty(32, topk, dtype=torch.int64),
+        cuda_empty(32, K),
+        cuda_empty(32, K),
+        cuda_empty(K),
+    ]
+
+
+def kernels_of_finalize(function: Callable[..., Any], topk: int, dynamic: bool) -> list[str]:
+    dims = [(i, 0) for i in range(5)] if dynamic else []
+    generated = generated_kernels(function, lambda: finalize_arguments(topk), dims)
+    assert generated.extern_calls == generated.op_calls == []
+    return generated.triton_kernels
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("topk", [1, 2, 4, 6, 8, 10, 16])
 def test_finalize_residual_and_norm_are_one_kernel(topk: int, dynamic: bool) -> None:
-    def arguments() -> list[Tensor]:
-        return [
-            cuda_empty(32, topk, K, dtype=torch.bfloat16),
-            cuda_empty(32, topk),
-            cuda_empty(32, topk, dtype=torch.int64),
-            cuda_empty(32, K, dtype=torch.bfloat16),
-            cuda_empty(32, K, dtype=torch.bfloat16),
-            cuda_empty(K, dtype=torch.bfloat16),
-        ]
+    kernels = kernels_of_finalize(finalize_block, topk, dynamic)
+    assert len(kernels) == 1, kernels
 
-    dims = [(i, 0) for i in range(5)] if dynamic else []
-    generated = generated_kernels(finalize_block, arguments, dims)
-    assert len(generated.triton_kernels) == 1, generated.triton_kernels
-    assert generated.extern_calls == generated.op_calls == []
+
+#: Kernels of finalize, residual add, RMSNorm and a quantization. Groups' maxima are reductions of another shape than
+#: the norm's, which inductor puts into a kernel of their own.
+QUANTIZED = {"tensor": 1, "token": 1, "group": 2}
+
+
+def quantize(x: Tensor, per: str) -> tuple[Tensor, ...]:
+    """To fp8: by a given scale, by each token's largest value, by that of each 128 columns; and the scales."""
+    if per == "tensor":
+        return (((x.float() / 0.25).clamp(-448, 448)).to(torch.float8_e4m3fn),)
+    rows = (x.unflatten(-1, (-1, 128)) if per == "group" else x).float()
+    scales = rows.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
+    return (rows / scales).to(torch.float8_e4m3fn).view(x.shape), scales.squeeze(-1)
+
+
+@pytest.mark.parametrize(
+    ("topk", "dynamic"), [*((topk, True) for topk in (1, 2, 4, 6, 8, 10, 16)), (1, False), (16, False)]
+)
+@pytest.mark.parametrize("per", QUANTIZED)
+def test_finalize_and_quantization(per: str, topk: int, dynamic: bool) -> None:
+    def function(*arguments: Tensor) -> tuple[Tensor, ...]:
+        h, y = finalize_block(*arguments)
+        return h, *quantize(y, per)
+
+    kernels = kernels_of_finalize(function, topk, dynamic)
+    assert len(kernels) == QUANTIZED[per], kernels
+
+
+class Quantizing(compile_moe.MoEPrepareAndFinalizeNoEP):
+    """Prepares tokens as experts in fp8 want them."""
+
+    def __init__(self, per: str) -> None:
+        self.per = per
+
+    def prepare(self, a1: Tensor, *args: Any) -> compile_moe.PrepareResult:
+        return compile_moe.PrepareResult(*quantize(a1, self.per))
+
+
+@pytest.mark.parametrize("per", QUANTIZED)
+def test_norm_and_quantization_of_prepare(per: str) -> None:
+    """The router reads what the norm gives, the experts what prepare makes of it."""
+
+    def function(x: Tensor, norm_weight: Tensor, router: Tensor, *routing: Tensor) -> tuple[Any, Tensor]:
+        h = F.rms_norm(x, (K,), norm_weight, 1e-6)
+        prepared = Quantizing(per).prepare(h, None, None, *routing, 64, None, False)
+        return prepared[:2], h @ router
+
+    def make() -> list[Tensor]:
+        routing = cuda_empty(32, 8, dtype=torch.float32), cuda_empty(32, 8, dtype=torch.int64)
+        return [cuda_empty(32, K), cuda_empty(K), cuda_empty(K, 64), *routing]
+
+    generated = generated_kernels(function, make, [(0, 0)])
+    assert len(generated.triton_kernels) == QUANTIZED[per], generated.triton_kernels
+    assert generated.extern_calls == ["extern_kernels.mm"]
 
 
 @pytest.mark.parametrize("quantization", ["static", "per-token"])
@@ -66,59 +127,6 @@ def test_activation_fuses_with_its_neighbours(name: str, quantization: str) -> N
     generated = generated_kernels(function, lambda: [cuda_empty(32, 1024, dtype=torch.bfloat16)])
     assert len(generated.triton_kernels) == 1, generated.triton_kernels
     assert generated.op_calls == []
-
-
-def moe_block(x: Tensor, norm: Tensor, router: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    h = F.rms_norm(x, (x.size(-1),), norm, 1e-6)
-    weights, ids = (h @ router.t()).softmax(-1, dtype=torch.float32).topk(8)
-    weights = weights / weights.sum(-1, keepdim=True)
-    y = compile_moe.fused_experts(h, w1, w2, weights, ids, activation=moe_block_activation)
-    return F.rms_norm(x + y, (x.size(-1),), norm, 1e-6)
-
-
-def moe_block_activation(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate.clamp(max=7)) * up
-
-
-def block_arguments() -> list[Tensor]:
-    bf16 = torch.bfloat16
-    return [
-        cuda_empty(16, K, dtype=bf16),
-        cuda_empty(K, dtype=bf16),
-        cuda_empty(128, K, dtype=bf16),
-        cuda_empty(128, 2 * 768, K, dtype=bf16),
-        cuda_empty(128, K, 768, dtype=bf16),
-    ]
-
-
-class TestBlock(expecttest.TestCase):
-    def test_kernels_of_a_block(self) -> None:
-        """Nothing of the layer adds a copy, a clone, a fill or a cast: what isn't listed here isn't there."""
-        with torch.no_grad():
-            generated = generated_kernels(moe_block, block_arguments, [(0, 0)])
-        self.assertExpectedInline(
-            "\n".join(describe(generated)),
-            """\
-triton
-triton weight_and_reduce
-extern_kernels.mm
-torch.ops.compile_moe.route_and_sort_tokens.default
-torch.ops.compile_moe.gather_gemm.default
-torch.ops.compile_moe.scatter_gemm.default""",
-        )
-
-
-def describe(generated: Any) -> list[str]:
-    """Generated kernels, named by what of the library is in them (the rest of a name varies with torch); calls."""
-    ours = ("act_and_mul", "weight_and_reduce")
-    return [
-        *(
-            " ".join(["triton", *(name for name in ours if name in kernel)])
-            for kernel in generated.triton_kernels
-        ),
-        *generated.extern_calls,
-    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

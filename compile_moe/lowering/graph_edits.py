@@ -30,8 +30,13 @@ def operands(node: Any, target: Any) -> tuple[Any, Any]:
 
 
 def reduces(node: Any, target: Any, source: Any, keepdim: bool = True) -> bool:
-    """Whether ``node`` reduces the last dimension of ``source`` by ``target``."""
-    if source is None or operands(node, target)[0] is not source or len(node.args) < 2:
+    """Whether ``node`` reduces the last dimension of ``source`` by ``target``, in its dtype."""
+    if not isinstance(node, fx.Node) or node.target is not target or len(node.args) < 2:
+        return False
+    if source is None or node.args[0] is not source or set(node.kwargs) - {"dtype"}:
+        return False
+    # Autocast names the dtype of sums.
+    if node.kwargs.get("dtype") not in (None, value_of(source).dtype):
         return False
     last = value_of(source).dim() - 1
     return node.args[1] in ([-1], [last]) and (node.args[2:] or (False,)) == (keepdim,)

@@ -214,7 +214,9 @@ def write_reduced(
     apply_weights: bool,
 ) -> None:
     """Finalize into ``output`` (M, K), any dtype and strides."""
-    if not torch.compiler.is_compiling() and output.dtype is fused_out.dtype and output.is_contiguous():
+    # What traces wraps tensors; torch 2.11 doesn't say that it compiles while it expands an op.
+    traced = torch.compiler.is_compiling() or type(output) is not Tensor
+    if not traced and output.dtype is fused_out.dtype and output.is_contiguous():
         torch.ops.compile_moe.weight_and_reduce.out(
             fused_out, topk_weights, topk_ids, expert_map, num_experts, apply_weights, out=output
         )

@@ -64,8 +64,8 @@ def _load(key: tuple[Hashable, ...], variants: Callable[[], Iterable[Launch]], d
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"the kernels of {key[1]} are not compiled yet for these shapes, dtypes and this device, and can't be "
-            "inside a CUDA graph capture; before capturing, call the layer once with the same weights, or "
-            "compile_moe.warm_up(w1, w2, topk)"
+            "inside a CUDA graph capture; before capturing, call the layer and its router once, with any number of "
+            "tokens; compile_moe.warm_up(w1, w2, topk) does so for the experts"
         )
     with _lock:
         if key in _loaded:
