@@ -29,17 +29,17 @@ def operands(node: Any, target: Any) -> tuple[Any, Any]:
     return node.args[0], node.args[1] if len(node.args) > 1 else None
 
 
-def reduces(node: Any, target: Any, source: Any, keepdim: bool = True) -> bool:
+def reduces(node: Any, target: Any, source: fx.Node | None, keepdim: bool = True) -> bool:
     """Whether ``node`` reduces the last dimension of ``source`` by ``target``, in its dtype."""
     if not isinstance(node, fx.Node) or node.target is not target or len(node.args) < 2:
         return False
     if source is None or node.args[0] is not source or set(node.kwargs) - {"dtype"}:
         return False
+    value = value_of(source)
     # Autocast names the dtype of sums.
-    if node.kwargs.get("dtype") not in (None, value_of(source).dtype):
+    if node.kwargs.get("dtype") not in (None, value.dtype):
         return False
-    last = value_of(source).dim() - 1
-    return node.args[1] in ([-1], [last]) and (node.args[2:] or (False,)) == (keepdim,)
+    return node.args[1] in ([-1], [value.dim() - 1]) and (node.args[2:] or (False,)) == (keepdim,)
 
 
 def before_cast(node: fx.Node) -> fx.Node:
