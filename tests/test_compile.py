@@ -290,3 +290,23 @@ def test_a_function_defined_inside_the_graph(device: str) -> None:
         return compile_moe.fused_experts(*args, activation=lambda gate_up: silu_times(gate_up, factor))
 
     assert_as_accurate(torch.compile(function, fullgraph=True, backend="aot_eager")(*layer.args), layer)
+
+
+def test_dynamo_does_not_trace_into_the_ops(device: str) -> None:
+    """Where a graph breaks, ops run as they are: on a GPU dynamo would end in Triton's launcher."""
+    layer = make_layer(device=device)
+    counter = CompileCounterWithBackend("eager")
+
+    @torch.compile(backend=counter)
+    def function(*args: Tensor) -> Tensor:
+        # A break inside of a loop: dynamo leaves the whole frame, and goes on with what it calls.
+        for _ in range(2):
+            torch._dynamo.graph_break()
+            result = torch.ops.compile_moe.fused_moe(*args)
+        torch.ops.compile_moe.fused_moe_(args[0].clone(), *args[1:])
+        with torch.autocast(device, torch.bfloat16):
+            torch.ops.compile_moe.fused_moe(*args)
+        return result
+
+    assert_as_accurate(function(*layer.args), layer)
+    assert counter.frame_count == 0, counter.graphs

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compile_moe.ops.untraced import untraced
+
 NAMESPACE = "compile_moe"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
@@ -81,14 +83,14 @@ def define_op(
         tags=(torch.Tag.pt2_compliant_tag,),
     )
     # Every device but CUDA runs plain PyTorch.
-    LIBRARY.impl(name, functional_torch, "CompositeExplicitAutograd")
-    LIBRARY.impl(name, functional_cuda, "CUDA")
+    LIBRARY.impl(name, untraced(functional_torch), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, untraced(functional_cuda), "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", functional_fake, lib=LIBRARY)
     torch.library.register_autograd(f"{NAMESPACE}::{name}", _raise_in_backward(name), lib=LIBRARY)
     op: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
     if autocast:
         for device_type in ("cpu", "cuda"):
-            LIBRARY.impl(name, _autocast(op, device_type), f"Autocast{device_type.upper()}")
+            LIBRARY.impl(name, untraced(_autocast(op, device_type)), f"Autocast{device_type.upper()}")
 
     def checked_out(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         outs = tuple(kwargs.pop(r) for r in returns)
@@ -119,8 +121,8 @@ def define_op(
     out_arguments = ", ".join(f"Tensor({chr(97 + i)}!) {r}" for i, r in enumerate(returns))
     # Returns nothing: functionalization can't rewrite custom ops that return what they mutate.
     LIBRARY.define(f"{name}.out({arguments}, *, {out_arguments}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(f"{name}.out", out_torch, "CompositeExplicitAutograd")
-    LIBRARY.impl(f"{name}.out", out_cuda, "CUDA")
+    LIBRARY.impl(f"{name}.out", untraced(out_torch), "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{name}.out", untraced(out_cuda), "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}.out", out_fake, lib=LIBRARY)
     return op
 
@@ -130,7 +132,7 @@ def define_composite(
 ) -> torch._ops.OpOverload:
     """Declare an op that is nothing but calls of other ops; AOTAutograd expands it into them."""
     LIBRARY.define(f"{name}({arguments}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, implementation, "CompositeImplicitAutograd")
+    LIBRARY.impl(name, untraced(implementation), "CompositeImplicitAutograd")
     op: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
     return op
 

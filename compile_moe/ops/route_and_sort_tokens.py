@@ -3,7 +3,7 @@
 Args: those of ``route_tokens``.
 
 Returns:
-    topk_weights (M, topk) float32 and topk_ids (M, topk) int64, as from ``route_tokens``.
+    topk_weights (M, topk) float32 and topk_ids (M, topk) int64, as from ``route_tokens`` but for the order of sums.
     sorted_slots (S,) int32 and expert_offsets (E + 1,) int32, as from ``sort_tokens(topk_ids, E)``.
 
 On CUDA one kernel does both for few tokens; which, the op decides when it runs.
