@@ -148,8 +148,8 @@ def _picture(heading: Text, explanation: Any, device: torch.device) -> Group:
         refused.add(Text(refusal))
     generated = sum(kernel.kind == "generated" for kernel in explanation.kernels)
     notes = [
-        f"{generated} generated kernels, {len(explanation.kernels) - generated} calls. An op of ours is one kernel, but "
-        "for the token sort: up to four with the router, by the number of tokens."
+        f"{generated} generated kernels, {len(explanation.kernels) - generated} calls. An op of ours is one kernel, "
+        "but for the token sort: up to four with the router, by the number of tokens."
     ]
     if device.type != "cuda":
         notes.append(
