@@ -47,8 +47,8 @@ _cache: weakref.WeakKeyDictionary[Any, dict[Hashable, tuple[str, str]]] = weakre
 
 def trace_cached(function: Callable[..., Tensor], owner: Any, num_columns: int) -> tuple[str, str]:
     """:func:`trace`, remembered for eager calls as long as the callable lives and the scalars it captured are the
-    same: in its closure, its defaults and the globals that it names, themselves or as attributes of objects there,
-    and the attributes of the callable itself or of what it is bound to.
+    same: in its closure, its defaults and the globals that it names, themselves, in lists and dicts, or as attributes
+    of objects and modules there, and the attributes of the callable itself or of what it is bound to.
     """
     holder = function if owner is None else owner
     try:
@@ -74,15 +74,20 @@ def _captured_scalars(function: Any, owner: Any) -> tuple[Hashable, ...]:
             values.append(cell.cell_contents)
         except ValueError:  # a cell that is not filled yet
             values.append(None)
+    names: tuple[str, ...] = ()
     if (code := getattr(function, "__code__", None)) is not None:
-        values += [function.__globals__.get(name) for name in code.co_names]
+        names = code.co_names
+        values += [function.__globals__.get(name) for name in names]
     scalars: list[Hashable] = []
     for value in values:
         if isinstance(value, _SCALARS):
             scalars.append(value)
-        elif not isinstance(value, (types.ModuleType, type, types.FunctionType)) and hasattr(
-            value, "__dict__"
-        ):
+        elif isinstance(value, (list, tuple, dict)):
+            contents = value.values() if isinstance(value, dict) else value
+            scalars += (v for v in contents if isinstance(v, _SCALARS))
+        elif isinstance(value, types.ModuleType):
+            scalars += (v for name in names if isinstance(v := getattr(value, name, None), _SCALARS))
+        elif not isinstance(value, (type, types.FunctionType)) and hasattr(value, "__dict__"):
             scalars += (v for v in vars(value).values() if isinstance(v, _SCALARS))
     return tuple(scalars)
 

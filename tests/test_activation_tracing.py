@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor
 
-from compile_moe.activation_tracing import trace
+from compile_moe.activation_tracing import trace, trace_cached
 from compile_moe.ops.epilogue import parse
 
 UNARY: list[Callable[[Tensor], Tensor]] = [
@@ -155,3 +156,25 @@ def test_refusals_name_what_stopped_them(name: str) -> None:
 def test_odd_columns_are_no_halves() -> None:
     text, reason = trace(lambda x: x[..., :3] * x[..., 4:], None, 7)
     assert text == "" and "neither halves" in reason
+
+
+LIMITS = {"gate": 1.0}
+BOUNDS = types.ModuleType("bounds")
+
+
+def limited_by_a_dict(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return gate.clamp(max=LIMITS["gate"]) * up
+
+
+def limited_by_a_module(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return gate.clamp(max=BOUNDS.limit) * up
+
+
+@pytest.mark.parametrize("function", [limited_by_a_dict, limited_by_a_module])
+def test_changed_numbers_are_traced_anew(function: Callable[[Tensor], Tensor]) -> None:
+    for limit in (1.0, 7.0):
+        LIMITS["gate"] = BOUNDS.limit = limit
+        text, _ = trace_cached(function, None, 8)
+        assert f"minimum(gate, {limit})" in text

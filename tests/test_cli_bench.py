@@ -78,16 +78,22 @@ def test_wrong_results_are_not_timed(model: str, monkeypatch: pytest.MonkeyPatch
     import compile_moe.integrations.transformers as integration
 
     def wrong(self: Any, hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
-        return hidden_states
+        # Eager it is right.
+        right = integration.fused_experts(hidden_states, self.gate_up_proj, self.down_proj, *routing[::-1])
+        return right * 1.01 if torch.compiler.is_compiling() else right
 
     monkeypatch.setattr(integration, "experts_forward", wrong)
     integration.register()
     try:
-        result = run("--model", model, "--tokens", "2", "--contestants", "compile_moe")
+        results = [
+            run("--model", model, "--tokens", "2", "--contestants", "compile_moe", "--part", part)
+            for part in bench.PARTS
+        ]
     finally:
         monkeypatch.undo()
         integration.register()
-    assert result.exit_code == 0 and "wrong result" in result.stdout
+    for result in results:
+        assert result.exit_code == 0 and "wrong result, by 1.0e-02" in result.stdout, result.stdout
 
 
 def test_a_contestant_that_fails(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,8 @@ ACTIVATIONS: dict[str, Any] = {
 @pytest.mark.parametrize("dynamic", [True, False, None])
 def test_dynamic_settings(dynamic: bool | None, activation: str, backend: str, device: str) -> None:
     """The weights are arguments: dynamic=True makes all of their sizes dynamic."""
+    if backend == "inductor" and (device, dynamic) == ("cpu", False):
+        pytest.skip("what other tests compile")
     layer = make_layer(device=device)
     compiled = torch.compile(compile_moe.fused_experts, fullgraph=True, dynamic=dynamic, backend=backend)
     assert_as_accurate(compiled(*layer.args, activation=ACTIVATIONS[activation]), layer)

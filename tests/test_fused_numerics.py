@@ -19,8 +19,8 @@ CASES = {f"{a}-{d}-topk{TOPKS[i % 7]}": (i, a, DTYPES[d], TOPKS[i % 7]) for i, (
 @pytest.mark.parametrize("case", CASES)
 def test_block(case: str, device: str) -> None:
     index, activation, dtype, topk = CASES[case]
-    if device == "cpu" and index // 3 % 3 == index % 3:
-        pytest.skip("two dtypes an activation, each of which takes seconds to compile")
+    if device == "cpu" and index // 3 % 3 != index % 3:
+        pytest.skip("one dtype an activation: each takes seconds to compile")
     block = make_block(topk=topk, dtype=dtype, device=device, activation=activation)
     with torch.no_grad():
         compiled = torch.compile(FusedBlock(block), fullgraph=True)

@@ -16,6 +16,7 @@ from compile_moe.ops import (
     sort_tokens,
     weight_and_reduce,
 )
+from compile_moe.ops.kernels.precision import dot_precision
 from compile_moe.ops.named_activations import program_text
 from tests.support.launchers import launch
 from tests.support.oracle import Layer, make_layer
@@ -35,16 +36,21 @@ def launch_layer(layer: Layer) -> None:
 
 
 @pytest.mark.parametrize("first", [1, 7, 3000])
-@pytest.mark.parametrize("options", [{}, {"mapped": True, "biased": True, "transposed": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mapped": True, "biased": True, "transposed": True}, {"K": 100, "I": 36, "transposed": True}],
+    ids=str,
+)
 def test_other_token_counts_compile_nothing(first: int, options: dict[str, Any]) -> None:
-    base = make_layer(M=first, **SHAPE, **options)
+    options = {**SHAPE, **options}
+    base = make_layer(M=first, **options)
     with simulated_gpu() as gpu:
         launch_layer(base)
         loaded = list(gpu.loaded)
         assert len(set(loaded)) >= 5
         gpu.capturing = True
         for m in (1, 2, 5, 8, 16, 17, 64, 256, 1000, 2048, 2049, 6000):
-            other = make_layer(M=m, **SHAPE, **options)
+            other = make_layer(M=m, **options)
             other.w1, other.w2 = base.w1, base.w2
             launch_layer(other)
             assert gpu.loaded == loaded, f"M = {m} loaded another variant"
@@ -113,3 +119,23 @@ def test_router_and_sort_are_one_launch_for_few_tokens() -> None:
         gpu.launched.clear()
         launch(route_and_sort_tokens, torch.randn(3000, 8), 2, "softmax")
         assert gpu.launched == ["route_tokens_kernel", "_block_histograms", "_scan_blocks", "_scatter_slots"]
+
+
+def test_float32_precision_is_torchs() -> None:
+    """Set in the old ways or in the new one."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision, expected in (("high", "tf32"), ("highest", "ieee"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(precision)
+            assert dot_precision(torch.float32) == expected
+        for allowed in (True, False):
+            matmul.allow_tf32 = allowed
+            assert dot_precision(torch.float32) == ("tf32" if allowed else "ieee")
+        for precision in ("tf32", "ieee"):
+            matmul.fp32_precision = precision
+            assert dot_precision(torch.float32) == precision
+        assert dot_precision(torch.bfloat16) == "16-bit"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before

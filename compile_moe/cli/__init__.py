@@ -115,7 +115,10 @@ def explain_command(
     ] = False,
     activation: Annotated[
         str | None,
-        typer.Option(help="FILE.py:FUNCTION, from gate_up (..., N) to (..., I), for the model's own."),
+        typer.Option(
+            help="In place of the model's own: FILE.py:FUNCTION, from gate_up (..., N) to (..., I), or a name such as "
+            "gelu."
+        ),
     ] = None,
     experts: Annotated[
         str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import linecache
@@ -19,8 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import compile_moe
+from compile_moe.activations import call_activation
 from compile_moe.cli.language_model import choose_device, choose_dtype, one_line
 from compile_moe.cli.moe_layer import (
+    columns_of,
     configuration,
     custom_configuration,
     experts_of,
@@ -28,6 +31,8 @@ from compile_moe.cli.moe_layer import (
     set_activation,
 )
 from compile_moe.cli.refusal import Refusal
+from compile_moe.ops.epilogue import evaluate_steps, parse
+from compile_moe.ops.named_activations import NAMES, program_text
 
 _WIDTH = 110
 _STYLES = {"generated": "green", "op": "bold cyan", "call": "magenta"}
@@ -61,7 +66,8 @@ def own_shape(
         Refusal: some of them only, or sizes beside a model.
     """
     given = [option for option, size in sizes.items() if size is not None]
-    if not given and not shared_intermediate_size:
+    given += ["--shared-intermediate-size"] if shared_intermediate_size else []
+    if not given:
         return None
     if model is not None:
         raise Refusal(f"--model or a shape of your own, not both; got {', '.join(given)} beside --model")
@@ -89,12 +95,10 @@ def run_explain(options: ExplainOptions) -> None:
         name = options.model or "qwen3-30b-a3b"
         config = configuration(name)
     explanation, described = _explain(config, activation, options, device, dtype)
-    heading = Text(
-        f"{name}: {described}\n{options.tokens} tokens, {dtype}, {device}, torch {torch.__version__}"
-    )
-    out = Console() if Console().is_terminal else Console(width=_WIDTH)
-    picture = _picture(heading, explanation, device)
-    out.print(picture)
+    tokens = f"{options.tokens} token{'s' if options.tokens > 1 else ''}"
+    heading = Text(f"{name}: {described}\n{tokens}, {dtype}, {device}, torch {torch.__version__}")
+    compiled_for = "any number of tokens" if _is_dynamic(options) else f"{tokens} only"
+    picture = _picture(heading, explanation, compiled_for, device)
     for path, render in (
         (options.html, lambda console: console.export_html()),
         (options.svg, lambda console: console.export_svg(title="compile-moe explain")),
@@ -103,6 +107,13 @@ def run_explain(options: ExplainOptions) -> None:
             console = Console(record=True, file=io.StringIO(), width=_WIDTH)
             console.print(picture)
             _write(path, render(console))
+    out = Console() if Console().is_terminal else Console(width=_WIDTH)
+    out.print(picture)
+
+
+def _is_dynamic(options: ExplainOptions) -> bool:
+    # torch.compile makes a size of 1 static, or refuses.
+    return not options.static and options.tokens > 1
 
 
 def _explain(
@@ -113,13 +124,16 @@ def _explain(
     dtype: torch.dtype,
 ) -> tuple[Any, str]:
     """The explanation, and the layer in words. Tensors are fake: nothing is allocated."""
-    with FakeTensorMode(shape_env=ShapeEnv()):
+    fake = FakeTensorMode(shape_env=ShapeEnv())
+    with fake:
         layer = make_layer(config, options.experts, device, dtype)
-        experts = experts_of(layer)
-        if activation is not None:
-            set_activation(layer, activation)
+    experts = experts_of(layer)
+    if activation is not None:
+        _try_activation(activation, *columns_of(experts), device, dtype)
+        set_activation(layer, activation)
+    with fake:
         hidden_states = torch.empty(options.tokens, config.hidden_size, device=device, dtype=dtype)
-        if not options.static and options.tokens > 1:
+        if _is_dynamic(options):
             torch._dynamo.mark_dynamic(hidden_states, 0)
         try:
             explanation = compile_moe.explain(layer, hidden_states)
@@ -131,7 +145,27 @@ def _explain(
     return explanation, f"{type(layer.moe).__name__}, experts {options.experts!r}, {weights}"
 
 
-def _picture(heading: Text, explanation: Any, device: torch.device) -> Group:
+def _try_activation(
+    activation: Callable[..., Any],
+    num_columns: int,
+    intermediate_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Call it on two real rows: dynamo would bury what it raises.
+
+    Raises:
+        Refusal: it raises, or returns anything but (..., I).
+    """
+    rows = torch.zeros(2, num_columns, device=device, dtype=dtype)
+    try:
+        with torch.no_grad():
+            call_activation(activation, rows, intermediate_size)
+    except Exception as error:  # whatever the user's function raises
+        raise Refusal(f"--activation: {type(error).__name__}: {one_line(error)}") from error
+
+
+def _picture(heading: Text, explanation: Any, compiled_for: str, device: torch.device) -> Group:
     tree = Tree(heading)
     for kernel in explanation.kernels:
         label = Text(kernel.name or "generated kernel", style=_STYLES[kernel.kind])
@@ -140,15 +174,15 @@ def _picture(heading: Text, explanation: Any, device: torch.device) -> Group:
             branch.add(Text(", ".join(kernel.operations) or "copy"))
         if kernel.epilogue:
             layout, *steps = kernel.epilogue.split("; ")
-            epilogue = branch.add(Text(f"epilogue, over {layout} gate and up"))
+            columns = "gate alone" if layout == "ungated" else f"{layout} gate and up"
+            epilogue = branch.add(Text(f"epilogue, over {columns}"))
             for step in steps:
                 epilogue.add(Text(step))
     refused = tree.add(Text("not fused", style="bold yellow" if explanation.refusals else "dim"))
     for refusal in explanation.refusals or ("nothing that could be",):
         refused.add(Text(refusal))
-    generated = sum(kernel.kind == "generated" for kernel in explanation.kernels)
     notes = [
-        f"{generated} generated kernels, {len(explanation.kernels) - generated} calls. An op of ours is one kernel, "
+        f"{_counts(explanation.kernels)}. Compiled for {compiled_for}. An op of ours is one kernel, "
         "but for the token sort: up to four with the router, by the number of tokens."
     ]
     if device.type != "cuda":
@@ -158,15 +192,25 @@ def _picture(heading: Text, explanation: Any, device: torch.device) -> Group:
     return Group(tree, Text("\n".join(notes), style="dim"))
 
 
-def _load_activation(given: str) -> Any:
-    """The function that FILE.py:FUNCTION names, or the name of an activation as a function.
+def _counts(kernels: tuple[Any, ...]) -> str:
+    generated = sum(kernel.kind == "generated" for kernel in kernels)
+    counts = f"{generated} generated kernels, {len(kernels) - generated} calls"
+    behind = next((kernels[i + 1 :] for i, kernel in enumerate(kernels) if kernel.is_router_gemm), None)
+    return counts if behind is None else f"{counts}; {len(behind)} of them after the router's GEMM"
+
+
+def _load_activation(given: str) -> Callable[..., Any]:
+    """The function that FILE.py:FUNCTION names, or a named activation as a function.
 
     Raises:
-        Refusal: no such file or function, or the file doesn't run.
+        Refusal: no such file, function or name, or the file doesn't run.
     """
-    file, colon, function = given.rpartition(":")
-    if not colon:
-        raise Refusal(f"--activation must be FILE.py:FUNCTION, got {given}")
+    if given in NAMES:
+        # A function, which other implementations of experts take as well as ours.
+        return functools.partial(evaluate_steps, *parse(program_text(given)).as_tuples())
+    file, _, function = given.rpartition(":")
+    if not (file and function):
+        raise Refusal(f"--activation must be FILE.py:FUNCTION or one of {', '.join(NAMES)}, got {given}")
     name = f"compile_moe_activation_{Path(file).stem}"
     spec = importlib.util.spec_from_file_location(name, file) if Path(file).is_file() else None
     if spec is None or spec.loader is None:
@@ -176,9 +220,11 @@ def _load_activation(given: str) -> Any:
     linecache.checkcache(file)  # what it quotes, if the file was edited since
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises
-        raise Refusal(f"--activation: {file} raised {type(error).__name__}: {one_line(error)}") from error
-    activation = getattr(module, function, None)
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
+        raise Refusal(
+            f"--activation: {file} raised {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
+    activation: Callable[..., Any] | None = getattr(module, function, None)
     if not callable(activation):
         raise Refusal(f"--activation: {file} has no function {function}")
     return activation
@@ -186,6 +232,6 @@ def _load_activation(given: str) -> Any:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise Refusal(f"{path} can't be written: {error.strerror}") from error

@@ -176,6 +176,18 @@ def experts_of(layer: MoELayer) -> Any:
     return next(m for m in layer.modules() if hasattr(m, "has_gate") and hasattr(m, "is_transposed"))
 
 
+def columns_of(experts: Any) -> tuple[int, int]:
+    """(N, I): the columns that an activation of these experts takes and gives."""
+    w1, w2 = experts.gate_up_proj if experts.has_gate else experts.up_proj, experts.down_proj
+    return (w1.size(2), w2.size(1)) if experts.is_transposed else (w1.size(1), w2.size(2))
+
+
 def set_activation(layer: MoELayer, activation: Any) -> None:
     """Let the experts compute ``activation`` (gate_up (..., N) to (..., I)) in place of their own."""
-    experts_of(layer)._apply_gate = activation
+    experts = experts_of(layer)
+    if experts.has_gate:
+        # Not setattr: a module would become a submodule, and the class's own method be found first.
+        experts.__dict__["_apply_gate"] = activation
+    else:
+        del experts.act_fn  # a module, whose place a function can't take
+        experts.act_fn = activation

@@ -13,6 +13,8 @@ from compile_moe.lowering.inductor_compat import ScheduledKernel, scheduled_kern
 from compile_moe.ops.act_and_mul import act_and_mul
 from compile_moe.ops.gather_gemm import gather_gemm
 from compile_moe.ops.registry import NAMESPACE
+from compile_moe.ops.route_and_sort_tokens import route_and_sort_tokens
+from compile_moe.ops.route_tokens import route_tokens
 from compile_moe.ops.weight_and_reduce import weight_and_reduce
 
 _REFUSALS = (fuse_router.refusals, fuse_epilogue.refusals)
@@ -21,6 +23,9 @@ _SILENT = {
     *("_unsafe_view", "alias", "expand", "permute", "reshape", "squeeze", "transpose", "unsqueeze", "view"),
     *("getitem", "select", "slice", "split", "split_with_sizes", "unbind", "clone", "full"),
 }
+_ATEN = torch.ops.aten
+_PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default}
+_CHOICES = {_ATEN.topk.default, route_tokens, route_and_sort_tokens}
 
 
 class Kernel(NamedTuple):
@@ -28,13 +33,15 @@ class Kernel(NamedTuple):
 
     kind: "generated" (one kernel that inductor generates), "op" (one of ours, which launches its own kernels) or "call"
     (of a library or of another op). name: of what is called; "" where generated. operations: what it computes, in the
-    names of aten and of our ops. epilogue: the program that runs in GEMM 1's epilogue, or "".
+    names of aten and of our ops. epilogue: the program that runs in GEMM 1's epilogue, or "". is_router_gemm: is it
+    the product by which tokens choose their experts.
     """
 
     kind: str
     name: str
     operations: tuple[str, ...]
     epilogue: str = ""
+    is_router_gemm: bool = False
 
 
 class Explanation(NamedTuple):
@@ -46,6 +53,8 @@ class Explanation(NamedTuple):
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Compile ``function`` as one graph for these arguments, and say what became of it. It doesn't run.
+
+    Whatever torch.compile compiled before is compiled again at its next call.
 
     Args:
         function: a function or module that :func:`torch.compile` takes with ``fullgraph=True``.
@@ -72,7 +81,21 @@ def _kernel(scheduled: ScheduledKernel) -> Kernel:
     kind = "op" if name.startswith(f"{NAMESPACE}.") else "call"
     own = [node for node in nodes if name in (_name(node), f"aten.{_name(node)}")]
     epilogue = next((_epilogue(node) for node in own if node.target is gather_gemm), "")
-    return Kernel(kind, name, tuple(dict.fromkeys(map(_name, own))), epilogue)
+    return Kernel(kind, name, tuple(dict.fromkeys(map(_name, own))), epilogue, any(map(_is_router_gemm, own)))
+
+
+def _is_router_gemm(node: fx.Node) -> bool:
+    """Whether ``node`` is a product from which experts are chosen, with no other product in between."""
+    if node.target not in _PRODUCTS:
+        return False
+    reached = [node]
+    for source in reached:
+        for user in source.users:
+            if user.target in _CHOICES:
+                return True
+            if user.target not in _PRODUCTS and user not in reached:
+                reached.append(user)
+    return False
 
 
 def _is_lowered(node: fx.Node) -> bool:

@@ -89,6 +89,8 @@ def number_of(node: Any) -> float | None:
 def item(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node | None:
     """The node of one result, if there is one; several become one."""
     items = [user for user in node.users if operands(user, operator.getitem)[1] == index]
+    if len(items) > 1:
+        node.append(items[0])  # before all readers of the others
     for other in items[1:]:
         other.replace_all_uses_with(items[0])
         graph.erase_node(other)

@@ -73,6 +73,8 @@ CASES: dict[str, tuple[int, int, int, str, dict[str, Any]]] = {
     "groups-that-limit-nothing": (5, 12, 4, "sigmoid", {"num_expert_group": 3, "topk_group": 3}),
 }
 each_case = pytest.mark.parametrize("case", CASES)
+#: One for each scoring, with and without groups: for what the others have in common with these.
+SOME = ("softmax-renormalized-scaled", "topk-softmax", "sigmoid-bias", "odd-groups", "excluded-at-zero")
 
 
 def arguments_of(case: str, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
@@ -125,9 +127,12 @@ def in_float64(logits: Tensor, topk: int, scoring: str, *options: Any) -> tuple[
     return torch.stack([w for w, _ in rows]), torch.stack([i for _, i in rows])
 
 
-@each_case
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+    ("case", "dtype"),
+    [
+        *((case, torch.float32) for case in CASES),
+        *((case, dtype) for case in SOME for dtype in (torch.bfloat16, torch.float16)),
+    ],
 )
 def test_route(case: str, dtype: torch.dtype) -> None:
     arguments = arguments_of(case, dtype)
@@ -182,7 +187,7 @@ def test_minus_zero_ties_with_zero() -> None:
     assert launch(route_tokens, logits, 3, "topk_softmax")[1].tolist() == [[1, 2, 3]]
 
 
-@each_case
+@pytest.mark.parametrize("case", [*SOME, "deepseek", "M1", "odd-all-experts"])
 @pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan], ids=str)
 def test_not_finite(case: str, value: float) -> None:
     logits, topk, scoring, bias, *options = arguments_of(case)
@@ -205,8 +210,13 @@ def test_minus_infinity_comes_last() -> None:
     assert weights[0, 3:].tolist() == [0.0, 0.0]
 
 
-@each_case
-@pytest.mark.parametrize("path", ["single", "few-slots", "many-slots"])
+@pytest.mark.parametrize(
+    ("case", "path"),
+    [
+        *((case, "single") for case in CASES),
+        *((case, path) for case in (*SOME, "M0") for path in ("few-slots", "many-slots")),
+    ],
+)
 def test_route_and_sort(case: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path != "single":
         monkeypatch.setattr(kernels, "MAX_ELEMENTS", 0)

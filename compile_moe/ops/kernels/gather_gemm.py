@@ -17,6 +17,7 @@ from compile_moe.ops.kernels.tiles import (
     is_vectorized,
     locate_tile,
     max_row_tiles,
+    row_stride,
     tile_candidates,
 )
 
@@ -144,8 +145,6 @@ def launch_for(
     num_slots, num_columns = out.shape
     num_experts, _, depth = w1.shape
     num_row_tiles = max_row_tiles(num_slots, num_experts + zero_skipped, tile.block_m)
-    # The stride of a dimension of size 1 means nothing, but would select another specialization.
-    stride_xm = hidden_states.stride(0) if hidden_states.size(0) > 1 else depth
     args = (
         out,
         hidden_states,
@@ -159,7 +158,7 @@ def launch_for(
         num_experts,
         num_columns,
         depth,
-        stride_xm,
+        row_stride(hidden_states),
         hidden_states.stride(1),
         *w1.stride(),
         *((0, 0) if bias is None else bias.stride()),
@@ -223,6 +222,7 @@ def gather_gemm(
         layout,
         zero_skipped,
         chosen.options["PRECISION"],
+        bias is not None,
         topk,
         tuple(w1.shape),
         chosen.args[12:],

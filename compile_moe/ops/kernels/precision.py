@@ -15,7 +15,8 @@ def dot_precision(dtype: torch.dtype) -> Precision:
     """How :func:`accumulate` multiplies: TF32 for float32 only where torch's own CUDA GEMMs may use it."""
     if dtype is not torch.float32:
         return "16-bit"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Not allow_tf32, which raises once the user has set this one; this one follows that.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @triton.jit

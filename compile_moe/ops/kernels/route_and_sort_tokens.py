@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compile_moe.ops.kernels import sort_tokens as sort
-from compile_moe.ops.kernels.launch import Launch, launch_all
+from compile_moe.ops.kernels.launch import Launch, launch_all, pointer_key
 from compile_moe.ops.kernels.route_tokens import (
     launch_for,
     route_rows,
@@ -155,5 +155,6 @@ def route_and_sort_tokens(
         chosen: tuple[Launch, ...] = (single[min(fitting)],)
     else:
         chosen = in_turn()[sorted_slots.size(0) > sort.SMALL_MAX_SLOTS]
-    key = ("route_and_sort_tokens", *routing_key(arguments, constants))
+    pointers = map(pointer_key, (sorted_slots, expert_offsets))
+    key = ("route_and_sort_tokens", *routing_key(arguments, constants), *pointers)
     launch_all(key, chosen, variants, router_logits.device)

@@ -118,7 +118,9 @@ def route_rows(
     expert = tl.where(is_expert, expert, NUM_EXPERTS)
     is_token = row < num_tokens
     row_ptr = logits_ptr + row.to(tl.int64) * stride_lm
-    logits = tl.load(row_ptr + expert * stride_le, mask=is_token & is_expert, other=0.0).to(tl.float32)
+    logits = tl.load(row_ptr + expert.to(tl.int64) * stride_le, mask=is_token & is_expert, other=0.0).to(
+        tl.float32
+    )
     if SCORING == "softmax":
         top = tl.max(tl.where(is_expert, logits, float("-inf")), 1, keep_dims=True)
         score = tl.where(is_expert, libdevice.exp(logits - top), 0.0)
@@ -149,7 +151,7 @@ def route_rows(
     mask = is_token & in_row
     if HAS_BIAS or SCORING == "sigmoid":
         # The keys include the bias, or are those of excluded experts.
-        chosen = tl.load(row_ptr + ids * stride_le, mask=mask, other=0.0).to(tl.float32)
+        chosen = tl.load(row_ptr + ids.to(tl.int64) * stride_le, mask=mask, other=0.0).to(tl.float32)
         if SCORING == "sigmoid":
             weight = _sigmoid(chosen)
         else:

@@ -16,6 +16,7 @@ from compile_moe.ops.kernels.tiles import (
     is_vectorized,
     locate_tile,
     max_row_tiles,
+    row_stride,
     tile_candidates,
 )
 
@@ -112,8 +113,6 @@ def launch_for(
     num_slots, num_columns = out.shape
     num_experts, _, depth = w2.shape
     num_row_tiles = max_row_tiles(num_slots, num_experts + zero_skipped, tile.block_m)
-    # The stride of a dimension of size 1 means nothing, but would select another specialization.
-    stride_xm = intermediate.stride(0) if num_slots > 1 else depth
     args = (
         out,
         intermediate,
@@ -126,7 +125,7 @@ def launch_for(
         num_experts,
         num_columns,
         depth,
-        stride_xm,
+        row_stride(intermediate),
         intermediate.stride(1),
         *w2.stride(),
         *((0, 0) if bias is None else bias.stride()),
@@ -173,6 +172,7 @@ def scatter_gemm(
         "scatter_gemm",
         zero_skipped,
         chosen.options["PRECISION"],
+        bias is not None,
         tuple(w2.shape),
         chosen.args[11:],
         *map(pointer_key, chosen.args[:6]),

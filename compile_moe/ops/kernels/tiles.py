@@ -137,13 +137,18 @@ def tile_candidates(
     return tuple(dict.fromkeys(tiles))
 
 
-def is_vectorized(*operands: torch.Tensor) -> bool:
-    """Whether every row of the operands starts at a multiple of 16 bytes; a row is what has stride 1."""
-    return all(
-        stride == 1 or stride * t.element_size() % 16 == 0 or size == 1
-        for t in operands
-        for size, stride in zip(t.shape, t.stride(), strict=True)
-    )
+def row_stride(x: torch.Tensor) -> int:
+    """Stride of the rows of x (rows, depth). That of a single row means nothing, but would select other code."""
+    return x.stride(0) if x.size(0) > 1 else x.size(1)
+
+
+def is_vectorized(x: torch.Tensor, w: torch.Tensor) -> bool:
+    """Whether every row of x (rows, depth) and w starts at a multiple of 16 bytes; a row is what has stride 1."""
+    strides = [
+        row_stride(x),
+        *(s for t in (x[:1], w) for size, s in zip(t.shape, t.stride(), strict=True) if size > 1),
+    ]
+    return all(stride == 1 or stride * w.element_size() % 16 == 0 for stride in strides)
 
 
 def _shared_memory(tile: Tile, itemsize: int, num_accumulators: int) -> int:
