@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from compile_moe.ops import (
     sort_tokens,
     weight_and_reduce,
 )
+from compile_moe.ops.kernels import launch as launch_module
 from compile_moe.ops.kernels.precision import dot_precision
 from compile_moe.ops.named_activations import program_text
 from tests.support.launchers import launch
@@ -139,3 +142,25 @@ def test_float32_precision_is_torchs() -> None:
     finally:
         torch.set_float32_matmul_precision("highest")
         matmul.fp32_precision = before
+
+
+def test_launches_while_the_inputs_device_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device | None] = [None]
+    launched_on: list[torch.device | None] = []
+
+    @contextlib.contextmanager
+    def device_guard(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[[], None]:
+            return lambda: launched_on.append(current[-1])
+
+    monkeypatch.setattr(torch.cuda, "device", device_guard)
+    monkeypatch.setattr(launch_module, "_loaded", {(1, "key")})
+    launch_module.launch_all(
+        ("key",), [launch_module.Launch(Kernel(), (1,), (), {})], list, torch.device("cuda", 1)
+    )
+    assert launched_on == [torch.device("cuda", 1)] and current == [None]
