@@ -89,7 +89,7 @@ def run_bench(options: BenchOptions) -> None:
     config = configuration(options.model)
     if options.json is not None:
         _write(options.json, "", "a")  # before the work is done
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # graphs capture the current one
     with torch.no_grad():
         layer = make_layer(config, "eager", device, dtype, options.seed)
