@@ -20,7 +20,6 @@ from compile_moe.ops.kernels.launch import Launch
 from compile_moe.ops.kernels.tiles import DeviceLimits, is_vectorized, tile_candidates
 from compile_moe.ops.named_activations import NAMES, program_text
 from tests.support.aot import CAPABILITIES, SHARED_MEMORY_BUDGET, CompiledKernel, compile_ahead
-from tests.support.precision import tf32
 
 # (E, topk, K, I), biased and swigluoai where the model is.
 SHAPES = {"qwen3-30b": (128, 8, 2048, 768), "gpt-oss-120b": (128, 4, 2880, 2880), "odd": (7, 2, 77, 51)}
@@ -49,6 +48,7 @@ def test_gemms(shape: str, precision: str, capability: int) -> None:
     if precision != "bf16" and (shape == "gpt-oss-120b" or (shape == "qwen3-30b" and capability != 90)):
         pytest.skip("float32 on one shape for each architecture, and on another for sm_90")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    kind = "16-bit" if precision == "bf16" else precision
     biased = shape == "gpt-oss-120b"
     program = parse(program_text("swigluoai" if biased else "silu"))
     s = 64 * topk
@@ -62,18 +62,16 @@ def test_gemms(shape: str, precision: str, capability: int) -> None:
     for tile in tile_candidates(dtype.itemsize, i, k, 2, is_vectorized(x, w1), limits):
         out = empty(s, i, dtype=dtype)
         body = program.triton_source()
-        with tf32(precision == "tf32"):
-            launch = gather_gemm.launch_for(
-                tile, out, x, w1, slots, offsets, topk, b1, body, program.layout, False
-            )
+        launch = gather_gemm.launch_for(
+            tile, out, x, w1, slots, offsets, topk, b1, body, program.layout, False, kind
+        )
         compiled = compile_launch(launch, capability, spills)
         if capability == 90 and dtype is torch.bfloat16 and shape != "odd":
             assert compiled.has_wgmma == (tile.block_m >= 64), tile
     for tile in tile_candidates(dtype.itemsize, k, i, 1, is_vectorized(out, w2), limits):
-        with tf32(precision == "tf32"):
-            launch = scatter_gemm.launch_for(
-                tile, empty(s, k, dtype=dtype), out, w2, slots, offsets, b2, False
-            )
+        launch = scatter_gemm.launch_for(
+            tile, empty(s, k, dtype=dtype), out, w2, slots, offsets, b2, False, kind
+        )
         compile_launch(launch, capability, spills)
 
 
@@ -91,7 +89,7 @@ def test_sort_and_finalize(capability: int, mapped: bool) -> None:
     e, topk, m, k = 128, 8, 600, 2048
     ids = empty(m, topk, dtype=torch.int64)
     expert_map = empty(2 * e, dtype=torch.int64) if mapped else None
-    for launches in sort_tokens.launches(empty(m * topk), empty(e + 1), ids, e, expert_map):
+    for launches in sort_tokens.launches(empty(m * topk), empty(e + 1), ids, e, expert_map, empty(e + 1)):
         for launch in launches:
             compile_launch(launch, capability)
     fused_out = empty(m, topk, k, dtype=torch.bfloat16)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from compile_moe.ops import (
     sort_tokens,
     weight_and_reduce,
 )
+from compile_moe.ops.kernels import act_and_mul as kernels
 from compile_moe.ops.kernels import launch as launch_module
 from compile_moe.ops.kernels.precision import dot_precision
 from compile_moe.ops.named_activations import program_text
@@ -145,22 +146,48 @@ def test_float32_precision_is_torchs() -> None:
 
 
 def test_launches_while_the_inputs_device_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
-    current: list[torch.device | None] = [None]
-    launched_on: list[torch.device | None] = []
+    current = [0]
+    launched_on: list[int] = []
 
     @contextlib.contextmanager
     def device_guard(device: torch.device) -> Iterator[None]:
-        current.append(device)
+        current.append(1)
         yield
         current.pop()
 
-    class Kernel:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[[], None]:
-            return lambda: launched_on.append(current[-1])
+    with simulated_gpu() as gpu:
+        gpu.on_launch = lambda: launched_on.append(current[-1])
+        monkeypatch.setattr(launch_module, "_device_guard", device_guard)
+        for _ in range(2):
+            launch(act_and_mul, torch.randn(3, 64), program_text("silu"))
+    assert launched_on == [1, 1] and current == [0]
 
-    monkeypatch.setattr(torch.cuda, "device", device_guard)
-    monkeypatch.setattr(launch_module, "_loaded", {(1, "key")})
-    launch_module.launch_all(
-        ("key",), [launch_module.Launch(Kernel(), (1,), (), {})], list, torch.device("cuda", 1)
-    )
-    assert launched_on == [torch.device("cuda", 1)] and current == [None]
+
+def test_one_tensor_given_twice_does_not_bind_two() -> None:
+    """What is remembered of a launch is which argument a tensor is, not which tensor."""
+    out, out2 = torch.empty(3, 64), torch.empty(3, 64)
+    x, x2 = torch.randn(3, 64), torch.randn(3, 64)
+    with simulated_gpu() as gpu:
+        kernels.act_and_mul(x, x, "", "ungated")
+        kernels.act_and_mul(out, x2, "", "ungated")
+        kernels.act_and_mul(out2, x, "", "ungated")
+        given = [args[:2] for args in gpu.arguments]
+    assert [
+        (a is b, c is d) for (a, c), (b, d) in zip(given, [(x, x), (out, x2), (out2, x)], strict=True)
+    ] == [(True, True)] * 3
+
+
+def test_a_launch_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer(M=5, **SHAPE)
+    with simulated_gpu() as gpu:
+        launch_layer(layer)
+        ready = dict(launch_module._ready)
+        launch_layer(layer)
+        assert launch_module._ready == ready
+        assert gpu.launched[:4] == gpu.launched[4:]
+        assert [a for a in gpu.arguments[1] if not isinstance(a, torch.Tensor)] == [
+            a for a in gpu.arguments[5] if not isinstance(a, torch.Tensor)
+        ]
+        monkeypatch.setattr(launch_module, "_MOST_READY", 4)
+        launch_layer(make_layer(M=6, **SHAPE))
+        assert len(launch_module._ready) <= 4

@@ -33,7 +33,7 @@ from compile_moe.ops.problem_size import (
     require,
     shape,
 )
-from compile_moe.ops.registry import define_composite
+from compile_moe.ops.registry import define_composite, implementation
 from compile_moe.ops.scatter_gemm import scatter_gemm
 from compile_moe.ops.sort_tokens import sort_tokens
 from compile_moe.ops.weight_and_reduce import check_topk_weights, weight_and_reduce
@@ -133,9 +133,11 @@ def run_experts(
 ) -> Tensor:
     """Token sort, GEMM 1 with its epilogue, GEMM 2: (M, topk, K), unweighted and unreduced."""
     m, topk = topk_ids.shape
-    slots, offsets = sort_tokens(topk_ids, w1.size(0), expert_map)
-    intermediate = gather_gemm(hidden_states, w1, slots, offsets, topk, w1_bias, epilogue)
-    return scatter_gemm(intermediate, w2, slots, offsets, m, topk, w2_bias, zero_skipped)
+    tensors = hidden_states, w1, w2, topk_ids, expert_map, w1_bias, w2_bias
+    sort, gather, scatter = (implementation(op, *tensors) for op in (sort_tokens, gather_gemm, scatter_gemm))
+    slots, offsets = sort(topk_ids, w1.size(0), expert_map)
+    intermediate = gather(hidden_states, w1, slots, offsets, topk, w1_bias, epilogue)
+    return scatter(intermediate, w2, slots, offsets, m, topk, w2_bias, zero_skipped)
 
 
 def weight_input(hidden_states: Tensor, topk_weights: Tensor) -> Tensor:
@@ -199,9 +201,8 @@ def _fused_moe(
         w1_bias,
         w2_bias,
     )
-    return weight_and_reduce(
-        fused_out, topk_weights, topk_ids, expert_map, w1.size(0), not apply_router_weight_on_input
-    )
+    reduce = implementation(weight_and_reduce, fused_out, topk_weights, topk_ids, expert_map)
+    return reduce(fused_out, topk_weights, topk_ids, expert_map, w1.size(0), not apply_router_weight_on_input)
 
 
 def write_reduced(

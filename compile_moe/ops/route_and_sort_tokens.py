@@ -49,8 +49,8 @@ def _torch(router_logits: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, T
     return weights, ids, *sort_tokens_torch(ids, router_logits.size(1))
 
 
-def _launch(outputs: tuple[Tensor, Tensor, Tensor, Tensor], *arguments: Any, **options: Any) -> None:
-    kernels.route_and_sort_tokens(*outputs, *arguments, **options)
+def _launch(outputs: tuple[Tensor, Tensor, Tensor, Tensor], *arguments: Any) -> None:
+    kernels.route_and_sort_tokens(*outputs, *arguments)
 
 
 route_and_sort_tokens = define_op(

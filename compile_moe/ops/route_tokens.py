@@ -188,8 +188,8 @@ def _limit_to_groups(
     return groups.masked_fill(~chosen.unsqueeze(-1), excluded).flatten(1)
 
 
-def _launch(outputs: tuple[Tensor, Tensor], *arguments: Any, **options: Any) -> None:
-    kernels.route_tokens(*outputs, *arguments, **options)
+def _launch(outputs: tuple[Tensor, Tensor], *arguments: Any) -> None:
+    kernels.route_tokens(*outputs, *arguments)
 
 
 route_tokens = define_op(

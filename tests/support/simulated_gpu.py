@@ -7,8 +7,9 @@ capture, find theirs loaded.
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -27,6 +28,8 @@ class SimulatedGPU:
     def __init__(self) -> None:
         self.loaded: list[str] = []  # kernels whose modules were loaded, by name
         self.launched: list[str] = []
+        self.arguments: list[tuple[Any, ...]] = []  # of each launch
+        self.on_launch: Callable[[], None] = lambda: None
         self.capturing = False
 
 
@@ -39,6 +42,8 @@ class _Driver:
         def launcher(source: Any, metadata: Any) -> Any:
             def run(*args: Any, **kwargs: Any) -> None:
                 gpu.launched.append(metadata.name)
+                gpu.arguments.append(args[9:])  # behind grid, stream and what the compiler wants
+                gpu.on_launch()
 
             return run
 
@@ -49,7 +54,11 @@ class _Driver:
             "warpSize": 32,
         }
         self.launcher_cls = launcher
-        self.utils = SimpleNamespace(load_binary=load_binary, get_device_properties=lambda device: properties)
+        self.utils = SimpleNamespace(
+            load_binary=load_binary,
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: properties,
+        )
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -66,23 +75,17 @@ class _Driver:
 
 @contextlib.contextmanager
 def simulated_gpu() -> Iterator[SimulatedGPU]:
-    """Launchers take CPU tensors for tensors on ``cuda:0``; every kernel starts unloaded."""
+    """Launchers take CPU tensors for tensors on a GPU; every kernel starts unloaded."""
     gpu = SimulatedGPU()
-    real = launch.launch_all
-
-    def launch_all(key: Any, launches: Any, variants: Any, device: torch.device) -> None:
-        real(key, launches, variants, torch.device("cuda", 0))
-
     modules = [m for name, m in sys.modules.items() if name.startswith("compile_moe.ops.kernels.")]
     before = getattr(driver, "_active", None)
     with contextlib.ExitStack() as patches:
-        for module in modules:
-            if getattr(module, "launch_all", None) is real and module is not launch:
-                patches.enter_context(mock.patch.object(module, "launch_all", launch_all))
+        patches.enter_context(mock.patch.object(launch, "is_cuda", lambda device: True))
         patches.enter_context(
             mock.patch.object(launch, "_device_guard", lambda device: contextlib.nullcontext())
         )
-        patches.enter_context(mock.patch.object(launch, "_loaded", set()))
+        for cache in ("_loaded", "_ready"):
+            patches.enter_context(mock.patch.object(launch, cache, {}))
         patches.enter_context(
             mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing)
         )
@@ -91,8 +94,12 @@ def simulated_gpu() -> Iterator[SimulatedGPU]:
         try:
             yield gpu
         finally:
-            driver._active = before
+            # Kernels unload from the driver that is active when they go.
+            for kernels in (launch._loaded, launch._ready):
+                kernels.clear()
             _forget_kernels(modules)
+            gc.collect()
+            driver._active = before
 
 
 def _forget_kernels(modules: Iterable[ModuleType]) -> None:

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compile_moe.ops.kernels.epilogue import epilogue, with_epilogue
-from compile_moe.ops.kernels.launch import Launch, launch_all, pointer_key
+from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 
 BLOCK = 1024
 
@@ -54,6 +54,10 @@ def launch_for(out: Tensor, gate_up: Tensor, epilogue_body: str, layout: str) ->
 
 def act_and_mul(out: Tensor, gate_up: Tensor, epilogue_body: str, layout: str) -> None:
     """Launch into out (R, I), contiguous, from gate_up (R, N)."""
-    launch = launch_for(out, gate_up, epilogue_body, layout)
-    key = ("act_and_mul", epilogue_body, layout, launch.args[2:], *map(pointer_key, launch.args[:2]))
-    launch_all(key, (launch,), lambda: (launch,), out.device)
+    launch(_plan, out, gate_up, epilogue_body, layout)
+
+
+def _plan(out: Tensor, gate_up: Tensor, epilogue_body: str, layout: str) -> Plan:
+    only = launch_for(out, gate_up, epilogue_body, layout)
+    key = ("act_and_mul", epilogue_body, layout, only.args[2:], *map(pointer_key, only.args[:2]))
+    return Plan(key, (only,), lambda: (only,))

@@ -7,8 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from compile_moe.ops.kernels.epilogue import epilogue, with_epilogue
-from compile_moe.ops.kernels.launch import Launch, launch_all, pointer_key
-from compile_moe.ops.kernels.precision import accumulate, dot_precision
+from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
+from compile_moe.ops.kernels.precision import Precision, accumulate, dot_precision
 from compile_moe.ops.kernels.tiles import (
     Tile,
     choose_tile,
@@ -140,6 +140,7 @@ def launch_for(
     epilogue_body: str,
     layout: str,
     zero_skipped: bool,
+    precision: Precision,
 ) -> Launch:
     """The launch of the kernel with one tile."""
     num_slots, num_columns = out.shape
@@ -167,7 +168,7 @@ def launch_for(
         "LAYOUT": layout,
         "HAS_BIAS": bias is not None,
         "ZERO_SKIPPED": zero_skipped,
-        "PRECISION": dot_precision(out.dtype),
+        "PRECISION": precision,
         "E_POW2": triton.next_power_of_2(num_experts + 1),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
@@ -195,6 +196,35 @@ def gather_gemm(
     zero_skipped: bool,
 ) -> None:
     """Launch into out (S, I), or (S, N) for layout "ungated"; ``epilogue_body`` as ``with_epilogue`` takes it."""
+    launch(
+        _plan,
+        out,
+        hidden_states,
+        w1,
+        sorted_slots,
+        expert_offsets,
+        topk,
+        bias,
+        epilogue_body,
+        layout,
+        zero_skipped,
+        dot_precision(out.dtype),
+    )
+
+
+def _plan(
+    out: Tensor,
+    hidden_states: Tensor,
+    w1: Tensor,
+    sorted_slots: Tensor,
+    expert_offsets: Tensor,
+    topk: int,
+    bias: Tensor | None,
+    epilogue_body: str,
+    layout: str,
+    zero_skipped: bool,
+    precision: Precision,
+) -> Plan:
     arguments = (
         out,
         hidden_states,
@@ -206,6 +236,7 @@ def gather_gemm(
         epilogue_body,
         layout,
         zero_skipped,
+        precision,
     )
     candidates = tile_candidates(
         out.element_size(),
@@ -221,11 +252,11 @@ def gather_gemm(
         epilogue_body,
         layout,
         zero_skipped,
-        chosen.options["PRECISION"],
+        precision,
         bias is not None,
         topk,
         tuple(w1.shape),
         chosen.args[12:],
         *map(pointer_key, chosen.args[:6]),
     )
-    launch_all(key, (chosen,), lambda: [launch_for(tile, *arguments) for tile in candidates], out.device)
+    return Plan(key, (chosen,), lambda: [launch_for(tile, *arguments) for tile in candidates])

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compile_moe.ops.kernels import sort_tokens as sort
-from compile_moe.ops.kernels.launch import Launch, launch_all, pointer_key
+from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 from compile_moe.ops.kernels.route_tokens import (
     launch_for,
     route_rows,
@@ -114,6 +114,23 @@ def route_and_sort_tokens(
     sorted_slots: Tensor,
     expert_offsets: Tensor,
     router_logits: Tensor,
+    *arguments: Any,
+) -> None:
+    """Launch router and sort into (M, topk) float32 and int64, (S,) and (E + 1,) int32, all contiguous.
+
+    Args: then those of the op.
+    """
+    counts = sort.scratch(sorted_slots, router_logits.size(1))
+    launch(_plan, topk_weights, topk_ids, sorted_slots, expert_offsets, counts, router_logits, *arguments)
+
+
+def _plan(
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    sorted_slots: Tensor,
+    expert_offsets: Tensor,
+    counts: Tensor | None,
+    router_logits: Tensor,
     topk: int,
     scoring: str,
     correction_bias: Tensor | None = None,
@@ -123,8 +140,7 @@ def route_and_sort_tokens(
     routed_scaling_factor: float = 1.0,
     epsilon: float = 1e-20,
     excluded_score: float | None = None,
-) -> None:
-    """Launch router and sort into (M, topk) float32 and int64, (S,) and (E + 1,) int32, all contiguous."""
+) -> Plan:
     m, num_experts = router_logits.shape
     constants = routing_constants(
         num_experts,
@@ -143,7 +159,7 @@ def route_and_sort_tokens(
     fitting = [rows for rows in single if m <= rows]
 
     def in_turn() -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
-        few, many = sort.launches(sorted_slots, expert_offsets, topk_ids, num_experts, None)
+        few, many = sort.launches(sorted_slots, expert_offsets, topk_ids, num_experts, None, counts)
         route = launch_for(arguments, constants)
         return (route, *few), (route, *many)
 
@@ -157,4 +173,4 @@ def route_and_sort_tokens(
         chosen = in_turn()[sorted_slots.size(0) > sort.SMALL_MAX_SLOTS]
     pointers = map(pointer_key, (sorted_slots, expert_offsets))
     key = ("route_and_sort_tokens", *routing_key(arguments, constants), *pointers)
-    launch_all(key, chosen, variants, router_logits.device)
+    return Plan(key, chosen, variants)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from compile_moe.ops.kernels.launch import Launch, launch_all, pointer_key
+from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 
 # Below the keys of all floats: an expert that is taken, or none; and, above it, one that may not be chosen.
 _NO_KEY = tl.constexpr(-(2**31))
@@ -281,7 +281,7 @@ def routing_arguments(
 
 
 def routing_key(arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
-    """What selects compiled code, for :func:`launch_all`."""
+    """What selects compiled code, for a :class:`Plan`."""
     return (*map(pointer_key, arguments[:4]), *arguments[7:10], *constants.values())
 
 
@@ -293,7 +293,15 @@ def launch_for(arguments: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
     )
 
 
-def route_tokens(
+def route_tokens(topk_weights: Tensor, topk_ids: Tensor, *arguments: Any) -> None:
+    """Launch the router into topk_weights (M, topk) float32 and topk_ids (M, topk) int64, both contiguous.
+
+    Args: then those of the op.
+    """
+    launch(_plan, topk_weights, topk_ids, *arguments)
+
+
+def _plan(
     topk_weights: Tensor,
     topk_ids: Tensor,
     router_logits: Tensor,
@@ -306,8 +314,7 @@ def route_tokens(
     routed_scaling_factor: float = 1.0,
     epsilon: float = 1e-20,
     excluded_score: float | None = None,
-) -> None:
-    """Launch the router into topk_weights (M, topk) float32 and topk_ids (M, topk) int64, both contiguous."""
+) -> Plan:
     constants = routing_constants(
         router_logits.size(1),
         topk,
@@ -321,10 +328,5 @@ def route_tokens(
     arguments = routing_arguments(
         topk_weights, topk_ids, router_logits, correction_bias, routed_scaling_factor, epsilon
     )
-    launch = launch_for(arguments, constants)
-    launch_all(
-        ("route_tokens", *routing_key(arguments, constants)),
-        (launch,),
-        lambda: (launch,),
-        router_logits.device,
-    )
+    only = launch_for(arguments, constants)
+    return Plan(("route_tokens", *routing_key(arguments, constants)), (only,), lambda: (only,))

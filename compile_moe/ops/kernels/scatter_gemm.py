@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compile_moe.ops.kernels.launch import Launch, launch_all, pointer_key
-from compile_moe.ops.kernels.precision import accumulate, dot_precision
+from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
+from compile_moe.ops.kernels.precision import Precision, accumulate, dot_precision
 from compile_moe.ops.kernels.tiles import (
     Tile,
     choose_tile,
@@ -108,6 +108,7 @@ def launch_for(
     expert_offsets: Tensor,
     bias: Tensor | None,
     zero_skipped: bool,
+    precision: Precision,
 ) -> Launch:
     """The launch of the kernel with one tile."""
     num_slots, num_columns = out.shape
@@ -133,7 +134,7 @@ def launch_for(
     options = {
         "HAS_BIAS": bias is not None,
         "ZERO_SKIPPED": zero_skipped,
-        "PRECISION": dot_precision(out.dtype),
+        "PRECISION": precision,
         "E_POW2": triton.next_power_of_2(num_experts + 1),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
@@ -158,7 +159,21 @@ def scatter_gemm(
     zero_skipped: bool,
 ) -> None:
     """Launch into out (S, K), contiguous."""
-    arguments = (out, intermediate, w2, sorted_slots, expert_offsets, bias, zero_skipped)
+    precision = dot_precision(out.dtype)
+    launch(_plan, out, intermediate, w2, sorted_slots, expert_offsets, bias, zero_skipped, precision)
+
+
+def _plan(
+    out: Tensor,
+    intermediate: Tensor,
+    w2: Tensor,
+    sorted_slots: Tensor,
+    expert_offsets: Tensor,
+    bias: Tensor | None,
+    zero_skipped: bool,
+    precision: Precision,
+) -> Plan:
+    arguments = (out, intermediate, w2, sorted_slots, expert_offsets, bias, zero_skipped, precision)
     candidates = tile_candidates(
         out.element_size(),
         out.size(1),
@@ -171,10 +186,10 @@ def scatter_gemm(
     key = (
         "scatter_gemm",
         zero_skipped,
-        chosen.options["PRECISION"],
+        precision,
         bias is not None,
         tuple(w2.shape),
         chosen.args[11:],
         *map(pointer_key, chosen.args[:6]),
     )
-    launch_all(key, (chosen,), lambda: [launch_for(tile, *arguments) for tile in candidates], out.device)
+    return Plan(key, (chosen,), lambda: [launch_for(tile, *arguments) for tile in candidates])

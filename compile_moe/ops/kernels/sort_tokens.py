@@ -6,12 +6,13 @@ a scan over the blocks of each expert, and a scatter that ranks the slots of a b
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from compile_moe.ops.kernels.launch import Launch, launch_all, pointer_key
+from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 
 SMALL_MAX_SLOTS = 4096
 SMALL_BLOCK = 64
@@ -79,7 +80,8 @@ def _sort_small(
             num_experts,
             HAS_MAP,
         )
-        rank = tl.zeros((BLOCK,), dtype=tl.int32)
+        # Summed over a chunk's lanes only at the end: what remains of a step is a load and a comparison.
+        before_lanes = tl.zeros((BLOCK, CHUNK), dtype=tl.int32)
         for first in range(0, num_slots, CHUNK):
             other_slot = first + tl.arange(0, CHUNK)
             other = _local_expert(
@@ -97,11 +99,11 @@ def _sort_small(
             before = (other[None, :] < expert[:, None]) | (
                 (other[None, :] == expert[:, None]) & (other_slot[None, :] < slot[:, None])
             )
-            rank += tl.sum((before & (other_slot < num_slots)[None, :]).to(tl.int32), 1)
-        tl.store(sorted_slots_ptr + rank, slot, mask=slot < num_slots)
+            before_lanes += (before & (other_slot < num_slots)[None, :]).to(tl.int32)
+        tl.store(sorted_slots_ptr + tl.sum(before_lanes, 1), slot, mask=slot < num_slots)
     else:
         boundary = (pid - slot_programs) * BLOCK + lane
-        count = tl.zeros((BLOCK,), dtype=tl.int32)
+        count_lanes = tl.zeros((BLOCK, CHUNK), dtype=tl.int32)
         for first in range(0, num_slots, CHUNK):
             other_slot = first + tl.arange(0, CHUNK)
             other = _local_expert(
@@ -117,8 +119,8 @@ def _sort_small(
                 HAS_MAP,
             )
             before = (other[None, :] < boundary[:, None]) & (other_slot < num_slots)[None, :]
-            count += tl.sum(before.to(tl.int32), 1)
-        tl.store(expert_offsets_ptr + boundary, count, mask=boundary <= num_experts)
+            count_lanes += before.to(tl.int32)
+        tl.store(expert_offsets_ptr + boundary, tl.sum(count_lanes, 1), mask=boundary <= num_experts)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_blocks"])
@@ -163,8 +165,8 @@ def _block_histograms(
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
-def _scan_blocks(counts_ptr, totals_ptr, num_blocks, CHUNK: tl.constexpr):
-    """Exclusive scan over the blocks of one expert, in place, and its total."""
+def _scan_blocks(counts_ptr, num_blocks, CHUNK: tl.constexpr):
+    """Exclusive scan over the blocks of one expert, in place, and its total behind all of them."""
     expert = tl.program_id(0)
     row_ptr = counts_ptr + expert.to(tl.int64) * num_blocks
     total = tl.zeros((), dtype=tl.int32)
@@ -173,15 +175,14 @@ def _scan_blocks(counts_ptr, totals_ptr, num_blocks, CHUNK: tl.constexpr):
         count = tl.load(row_ptr + block, mask=block < num_blocks, other=0)
         tl.store(row_ptr + block, total + tl.cumsum(count, 0) - count, mask=block < num_blocks)
         total += tl.sum(count, 0)
-    tl.store(totals_ptr + expert, total)
+    tl.store(counts_ptr + tl.cast(tl.num_programs(0), tl.int64) * num_blocks + expert, total)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_blocks"])
 def _scatter_slots(
     sorted_slots_ptr,
     expert_offsets_ptr,
-    counts_ptr,
-    totals_ptr,
+    counts_ptr,  # (E + 1, num_blocks), then the totals (E + 1,)
     topk_ids_ptr,
     expert_map_ptr,
     num_slots,
@@ -212,12 +213,13 @@ def _scatter_slots(
         num_experts,
         HAS_MAP,
     )
-    destination = tl.load(counts_ptr + expert.to(tl.int64) * num_blocks + block, mask=valid, other=0)
+    totals_ptr = counts_ptr + tl.cast(num_experts + 1, tl.int64) * num_blocks
+    before = tl.zeros((BLOCK, CHUNK), dtype=tl.int32)
     running = tl.zeros((), dtype=tl.int32)
     for first in range(0, num_experts + 1, CHUNK):
         bucket = first + tl.arange(0, CHUNK)
         total = tl.load(totals_ptr + bucket, mask=bucket <= num_experts, other=0)
-        destination += tl.sum(tl.where(bucket[None, :] < expert[:, None], total[None, :], 0), 1)
+        before += tl.where(bucket[None, :] < expert[:, None], total[None, :], 0)
         if block == 0:
             start = running + tl.cumsum(total, 0) - total
             tl.store(expert_offsets_ptr + bucket, start, mask=bucket <= num_experts)
@@ -237,7 +239,9 @@ def _scatter_slots(
             HAS_MAP,
         )
         earlier = (other[None, :] == expert[:, None]) & (other_slot[None, :] < slot[:, None])
-        destination += tl.sum((earlier & (other_slot < num_slots)[None, :]).to(tl.int32), 1)
+        before += (earlier & (other_slot < num_slots)[None, :]).to(tl.int32)
+    blocks_before = tl.load(counts_ptr + expert.to(tl.int64) * num_blocks + block, mask=valid, other=0)
+    destination = blocks_before + tl.sum(before, 1)
     tl.store(sorted_slots_ptr + destination, slot, mask=valid)
 
 
@@ -247,20 +251,19 @@ def launches(
     topk_ids: Tensor,
     num_experts: int,
     expert_map: Tensor | None,
+    counts: Tensor | None,
 ) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
-    """The launches for few and for many slots."""
+    """The launches for few and for many slots; the latter need ``counts``, from :func:`scratch`."""
     m, topk = topk_ids.shape
     num_slots = m * topk
     num_global = expert_map.size(0) if expert_map is not None else num_experts
     # The stride of a dimension of size 1 means nothing, but would select another specialization.
     stride_im = topk_ids.stride(0) if m > 1 else topk
-    ids = (topk_ids, topk_ids if expert_map is None else expert_map.contiguous())
+    ids = (topk_ids, topk_ids if expert_map is None else expert_map)
     sizes = (topk, stride_im, topk_ids.stride(1), num_global, num_experts)
-    num_blocks = max(1, triton.cdiv(num_slots, BLOCK))
-    counts = totals = expert_offsets
-    if num_slots > SMALL_MAX_SLOTS:
-        counts = torch.empty((num_experts + 1, num_blocks), dtype=torch.int32, device=topk_ids.device)
-        totals = torch.empty_like(expert_offsets)
+    num_blocks = _num_blocks(num_slots)
+    # Where there are few slots, any memory stands for what the other launches would get.
+    counts = expert_offsets if counts is None else counts
     constants = {"HAS_MAP": expert_map is not None, "BLOCK": BLOCK, "CHUNK": CHUNK}
     small = Launch(
         _sort_small,
@@ -275,13 +278,11 @@ def launches(
             (counts, *ids, num_slots, num_blocks, *sizes),
             {**constants, "num_warps": 8},
         ),
-        Launch(
-            _scan_blocks, (num_experts + 1,), (counts, totals, num_blocks), {"CHUNK": 1024, "num_warps": 4}
-        ),
+        Launch(_scan_blocks, (num_experts + 1,), (counts, num_blocks), {"CHUNK": 1024, "num_warps": 4}),
         Launch(
             _scatter_slots,
             (num_blocks,),
-            (sorted_slots, expert_offsets, counts, totals, *ids, num_slots, num_blocks, *sizes),
+            (sorted_slots, expert_offsets, counts, *ids, num_slots, num_blocks, *sizes),
             {**constants, "num_warps": 8},
         ),
     )
@@ -296,8 +297,26 @@ def sort_tokens(
     expert_map: Tensor | None,
 ) -> None:
     """Launch the sort into sorted_slots (S,) and expert_offsets (E + 1,), both int32 and contiguous."""
-    small, large = launches(sorted_slots, expert_offsets, topk_ids, num_experts, expert_map)
+    expert_map = None if expert_map is None else expert_map.contiguous()
+    counts = scratch(sorted_slots, num_experts)
+    launch(_plan, sorted_slots, expert_offsets, topk_ids, num_experts, expert_map, counts)
+
+
+def _num_blocks(num_slots: int) -> int:
+    return max(1, triton.cdiv(num_slots, BLOCK))
+
+
+def scratch(sorted_slots: Tensor, num_experts: int) -> Tensor | None:
+    """Memory for the counts of each block and expert, and their totals; None for few slots."""
+    num_slots = sorted_slots.size(0)
+    if num_slots <= SMALL_MAX_SLOTS:
+        return None
+    return sorted_slots.new_empty((num_experts + 1) * (_num_blocks(num_slots) + 1))
+
+
+def _plan(sorted_slots: Tensor, *rest: Any) -> Plan:
+    small, large = launches(sorted_slots, *rest)
     constants = (small[0].options["HAS_MAP"], *small[0].args[5:])
     key = ("sort_tokens", constants, *map(pointer_key, small[0].args[:4]))
     chosen = large if sorted_slots.size(0) > SMALL_MAX_SLOTS else small
-    launch_all(key, chosen, lambda: small + large, topk_ids.device)
+    return Plan(key, chosen, lambda: small + large)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from compile_moe.ops.kernels.launch import Launch, launch_all, pointer_key
+from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 
 BLOCK = 1024
 
@@ -69,8 +71,6 @@ def launch_for(
     apply_weights: bool,
 ) -> Launch:
     m, topk, num_columns = fused_out.shape
-    if expert_map is not None:
-        expert_map = expert_map.contiguous()
 
     # The stride of a dimension of size 1 means nothing, but would select another specialization.
     def row_stride(t: Tensor, otherwise: int) -> int:
@@ -114,7 +114,12 @@ def weight_and_reduce(
     apply_weights: bool,
 ) -> None:
     """Launch into out (M, K), contiguous."""
-    launch = launch_for(out, fused_out, topk_weights, topk_ids, expert_map, num_experts, apply_weights)
-    constants = tuple(launch.options[name] for name in ("TOPK", "APPLY_WEIGHTS", "HAS_IDS", "HAS_MAP"))
-    key = ("weight_and_reduce", constants, launch.args[5:], *map(pointer_key, launch.args[:5]))
-    launch_all(key, (launch,), lambda: (launch,), out.device)
+    expert_map = None if expert_map is None else expert_map.contiguous()
+    launch(_plan, out, fused_out, topk_weights, topk_ids, expert_map, num_experts, apply_weights)
+
+
+def _plan(*arguments: Any) -> Plan:
+    only = launch_for(*arguments)
+    constants = tuple(only.options[name] for name in ("TOPK", "APPLY_WEIGHTS", "HAS_IDS", "HAS_MAP"))
+    key = ("weight_and_reduce", constants, only.args[5:], *map(pointer_key, only.args[:5]))
+    return Plan(key, (only,), lambda: (only,))
