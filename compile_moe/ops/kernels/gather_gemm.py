@@ -55,11 +55,14 @@ def gather_gemm_kernel(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SWAPPED: tl.constexpr,
 ):
-    # Rows of w1 lie as the result's columns do: gate and up alternate, or are two blocks of their own.
+    # Rows of w1 lie as the result's columns do: gate and up alternate, or are two blocks of their own, which two
+    # products read, or one where the operands are swapped.
+    GATED: tl.constexpr = LAYOUT != "ungated"
     INTERLEAVED: tl.constexpr = LAYOUT == "interleaved"
-    TWO_BLOCKS: tl.constexpr = LAYOUT == "concatenated"
-    WIDTH: tl.constexpr = 2 * BLOCK_N if INTERLEAVED else BLOCK_N
+    TWO_PRODUCTS: tl.constexpr = LAYOUT == "concatenated" and not SWAPPED
+    WIDTH: tl.constexpr = 2 * BLOCK_N if GATED and not TWO_PRODUCTS else BLOCK_N
     tile_m, tile_n = grouped_order(tl.program_id(0), num_row_tiles, tl.cdiv(num_columns, BLOCK_N), GROUP_M)
     expert, first_row, end_row = locate_tile(
         expert_offsets_ptr, tile_m, num_slots, num_experts, E_POW2, BLOCK_M, ZERO_SKIPPED
@@ -82,14 +85,20 @@ def gather_gemm_kernel(
     token = tl.where(row_mask, slot, 0) // topk
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + token.to(tl.int64)[:, None] * stride_xm + k[None, :] * stride_xk
-    gate_column = tile_n * WIDTH + tl.arange(0, WIDTH)
-    gate_mask = gate_column < (2 * num_columns if INTERLEAVED else num_columns)
+    lane = tl.arange(0, WIDTH)
+    if WIDTH == BLOCK_N or INTERLEAVED:
+        gate_column = tile_n * WIDTH + lane
+        gate_mask = gate_column < (2 * num_columns if INTERLEAVED else num_columns)
+    else:
+        gate_column = tile_n * BLOCK_N + lane % BLOCK_N
+        gate_mask = gate_column < num_columns
+        gate_column += lane // BLOCK_N * num_columns
     up_column = gate_column + num_columns
     w_ptr += expert.to(tl.int64) * stride_we
     gate_ptrs = w_ptr + gate_column[None, :] * stride_wn + k[:, None] * stride_wk
     up_ptrs = w_ptr + up_column[None, :] * stride_wn + k[:, None] * stride_wk
-    gate = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
-    up = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
+    gate = tl.zeros((WIDTH, BLOCK_M) if SWAPPED else (BLOCK_M, WIDTH), dtype=tl.float32)
+    up = gate
     for first_k in range(0, depth, BLOCK_K):
         x_mask = row_mask[:, None]
         if EVEN_K:
@@ -103,8 +112,11 @@ def gather_gemm_kernel(
             w_gate = tl.load(gate_ptrs)
         else:
             w_gate = tl.load(gate_ptrs, mask=w_mask, other=0.0)
-        gate = accumulate(x, w_gate, gate, PRECISION)
-        if TWO_BLOCKS:
+        if SWAPPED:
+            gate = accumulate(tl.trans(w_gate), tl.trans(x), gate, PRECISION)
+        else:
+            gate = accumulate(x, w_gate, gate, PRECISION)
+        if TWO_PRODUCTS:
             if EVEN_N and EVEN_K:
                 w_up = tl.load(up_ptrs)
             else:
@@ -116,10 +128,20 @@ def gather_gemm_kernel(
 
     if HAS_BIAS:
         bias_ptr += expert.to(tl.int64) * stride_be
-        gate += tl.load(bias_ptr + gate_column * stride_bn, mask=gate_mask, other=0.0).to(tl.float32)[None, :]
-        if TWO_BLOCKS:
+        gate_bias = tl.load(bias_ptr + gate_column * stride_bn, mask=gate_mask, other=0.0).to(tl.float32)
+        gate += gate_bias[:, None] if SWAPPED else gate_bias[None, :]
+        if TWO_PRODUCTS:
             up += tl.load(bias_ptr + up_column * stride_bn, mask=gate_mask, other=0.0).to(tl.float32)[None, :]
-    if INTERLEAVED:
+    if SWAPPED:
+        if GATED:
+            if INTERLEAVED:
+                pairs = tl.permute(tl.reshape(gate, (BLOCK_N, 2, BLOCK_M)), (2, 0, 1))
+            else:
+                pairs = tl.permute(tl.reshape(gate, (2, BLOCK_N, BLOCK_M)), (2, 1, 0))
+            gate, up = tl.split(pairs)
+        else:
+            gate = tl.trans(gate)
+    elif INTERLEAVED:
         gate, up = tl.split(tl.reshape(gate, (BLOCK_M, BLOCK_N, 2)))
     if LAYOUT == "ungated":
         y = epilogue(gate, gate)
@@ -176,6 +198,7 @@ def launch_for(
         "EVEN_N": num_columns % tile.block_n == 0,
         "EVEN_K": depth % tile.block_k == 0,
         "GROUP_M": 8,
+        "SWAPPED": tile.swapped,
         "num_stages": tile.num_stages,
         "num_warps": tile.num_warps,
     }

@@ -51,6 +51,7 @@ def scatter_gemm_kernel(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SWAPPED: tl.constexpr,
 ):
     tile_m, tile_n = grouped_order(tl.program_id(0), num_row_tiles, tl.cdiv(num_columns, BLOCK_N), GROUP_M)
     expert, first_row, end_row = locate_tile(
@@ -75,7 +76,7 @@ def scatter_gemm_kernel(
     x_ptrs = x_ptr + row.to(tl.int64)[:, None] * stride_xm + k[None, :] * stride_xk
     w_ptr += expert.to(tl.int64) * stride_we
     w_ptrs = w_ptr + column[None, :] * stride_wn + k[:, None] * stride_wk
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAPPED else (BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first_k in range(0, depth, BLOCK_K):
         x_mask = row_mask[:, None]
         if EVEN_K:
@@ -89,10 +90,15 @@ def scatter_gemm_kernel(
             w = tl.load(w_ptrs)
         else:
             w = tl.load(w_ptrs, mask=w_mask, other=0.0)
-        acc = accumulate(x, w, acc, PRECISION)
+        if SWAPPED:
+            acc = accumulate(tl.trans(w), tl.trans(x), acc, PRECISION)
+        else:
+            acc = accumulate(x, w, acc, PRECISION)
         x_ptrs += BLOCK_K * stride_xk
         w_ptrs += BLOCK_K * stride_wk
 
+    if SWAPPED:
+        acc = tl.trans(acc)
     if HAS_BIAS:
         bias_ptr += expert.to(tl.int64) * stride_be
         acc += tl.load(bias_ptr + column * stride_bn, mask=column_mask, other=0.0).to(tl.float32)[None, :]
@@ -142,6 +148,7 @@ def launch_for(
         "EVEN_N": num_columns % tile.block_n == 0,
         "EVEN_K": depth % tile.block_k == 0,
         "GROUP_M": 8,
+        "SWAPPED": tile.swapped,
         "num_stages": tile.num_stages,
         "num_warps": tile.num_warps,
     }

@@ -18,6 +18,9 @@ class Tile(NamedTuple):
     block_k: int
     num_stages: int
     num_warps: int
+    swapped: bool = (
+        False  # the weights are the left operand, whose rows the tensor cores read from shared memory
+    )
 
 
 class DeviceLimits(NamedTuple):
@@ -115,6 +118,9 @@ def tile_candidates(
             tile = Tile(block_m, 64, 32, 2, 4) if block_m <= 32 else Tile(64, 64, 16, 2, 8)
         elif not vectorized:
             tile = Tile(block_m, 64, 64 if block_m <= 32 else 32, 3, 8 if block_m == 128 else 4)
+        elif block_m <= 32 and limits.async_mma:
+            # 64 rows of weights times the tokens: the weights go from memory to the tensor cores past the registers.
+            tile = Tile(block_m, 64, 128, 5, 4, swapped=True)
         elif block_m <= 32:
             # A depth that ends within a block costs a mask on each load.
             tile = (
