@@ -89,9 +89,9 @@ def define_op(
     LIBRARY.impl(name, untraced(functional_torch), "CompositeExplicitAutograd")
     LIBRARY.impl(name, untraced(functional_cuda), "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", functional_fake, lib=LIBRARY)
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", _raise_in_backward(name), lib=LIBRARY)
     op: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
     _cuda_implementations[op] = functional_cuda
+    LIBRARY.impl(name, untraced(_autograd(op, name)), "Autograd", with_keyset=True)
     if autocast:
         for device_type in ("cpu", "cuda"):
             LIBRARY.impl(name, untraced(_autocast(op, device_type)), f"Autocast{device_type.upper()}")
@@ -167,11 +167,34 @@ def _no_backward_message(name: str) -> str:
     )
 
 
-def _raise_in_backward(name: str) -> Callable[..., Any]:
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(_no_backward_message(name))
+def _autograd(op: torch._ops.OpOverload, name: str) -> Callable[..., Any]:
+    """The autograd rule: results that need gradients raise when these are asked for.
 
-    return backward
+    Not torch.library.register_autograd, which takes two more calls of the dispatcher where there is nothing to do.
+    """
+
+    def below(keyset: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    class WithoutBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+            return below(keyset, *args)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise NotImplementedError(_no_backward_message(name))
+
+    # No argument of these schemas is keyword-only: all arrive by position, however they were given.
+    def autograd(keyset: Any, *args: Any) -> Any:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return WithoutBackward.apply(keyset, *args)
+        run = implementation(op, *tensors)
+        return below(keyset, *args) if run is op else run(*args)
+
+    return autograd
 
 
 def _refuse_grad(name: str, values: tuple[Any, ...]) -> None:
