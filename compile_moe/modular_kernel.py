@@ -15,8 +15,8 @@ from torch import Tensor
 
 from compile_moe.activations import ActivationLike, call_activation, resolve_activation
 from compile_moe.ops import _moe_problem_size, act_and_mul
-from compile_moe.ops.fused_moe import check_layer
-from compile_moe.ops.problem_size import require, require_tensors, shape
+from compile_moe.ops.fused_moe import check_call
+from compile_moe.ops.problem_size import require, require_optional_tensors, require_tensors, shape
 
 __all__ = [
     "FusedMoEModularKernel",
@@ -110,8 +110,7 @@ class FusedMoEPermuteExpertsUnpermute(ABC):
     @property
     def overrides_activation(self) -> bool:
         """Whether ``activation`` is somebody else's: the experts must then call it between the GEMMs."""
-        base = FusedMoEPermuteExpertsUnpermute.activation
-        return getattr(self.activation, "__func__", None) is not base
+        return not _is_method(self.activation, FusedMoEPermuteExpertsUnpermute.activation)
 
     @abstractmethod
     def workspace_shapes(
@@ -237,7 +236,8 @@ class FusedMoEModularKernel(torch.nn.Module):
             apply_router_weight_on_input: weight the input instead of the outputs; topk must be 1.
 
         Returns:
-            (M, K) in hidden_states' dtype.
+            (M, K) in hidden_states' dtype. Under autocast in the autocast dtype, as torch's GEMMs, where a built-in
+            class finalizes out of place.
 
         Raises:
             ValueError, TypeError: arguments that don't fit together.
@@ -245,16 +245,9 @@ class FusedMoEModularKernel(torch.nn.Module):
         require_tensors(
             hidden_states=hidden_states, w1=w1, w2=w2, topk_weights=topk_weights, topk_ids=topk_ids
         )
-        check_layer(
-            hidden_states,
-            w1,
-            w2,
-            topk_weights,
-            topk_ids,
-            global_num_experts,
-            expert_map,
-            apply_router_weight_on_input,
-        )
+        require_optional_tensors(expert_map=expert_map)
+        # No more than what holds for every format of weights: the experts check theirs.
+        check_call(hidden_states, w1, w2, topk_weights, topk_ids, expert_map, apply_router_weight_on_input)
         E, M, N, K, topk = _moe_problem_size(hidden_states, w1, w2, topk_ids)
         if global_num_experts == -1:
             global_num_experts = E if expert_map is None else expert_map.size(0)
@@ -323,12 +316,25 @@ class FusedMoEModularKernel(torch.nn.Module):
         result = parts.reduce(  # type: ignore[misc]
             fused_out, weights, *mask, apply_router_weight_on_input
         )
+        require(
+            tuple(result.shape) == (M, K),
+            lambda: (
+                f"reduce must return (M, K) = {(M, K)}, got {shape(result)}; where prepare dispatches other rows, "
+                "finalize must bring them back: override it"
+            ),
+        )
         return hidden_states.copy_(result) if inplace else result
 
 
 def _is_method(method: Callable[..., Any], function: Callable[..., Any] | None) -> bool:
     """Whether a bound method is that of ``function``."""
-    return function is not None and getattr(method, "__func__", None) is function
+    if function is None:
+        return False
+    # Not getattr with a default, nor hasattr: dynamo (torch 2.13) gives the default, though there is a __func__.
+    try:
+        return method.__func__ is function  # type: ignore[attr-defined]
+    except AttributeError:  # no bound method
+        return False
 
 
 def _prepare_result(

@@ -202,6 +202,20 @@ def test_no_tensor(name: str, caller: str) -> None:
         CALLERS[caller](*values.values())
 
 
+@pytest.mark.parametrize("caller", CALLERS)
+@pytest.mark.parametrize("name", ["expert_map", *BIASES])
+def test_no_tensor_nor_none(name: str, caller: str) -> None:
+    layer = make_layer(M=9, K=48, I=40, E=5, topk=2)
+    with pytest.raises(TypeError, match=f"{name} must be a tensor or None, got list"):
+        CALLERS[caller](*layer.args, **{name: [0, 1]})
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+def test_number_of_experts_that_is_no_number(caller: str) -> None:
+    with pytest.raises(TypeError, match="global_num_experts must be an int, got str"):
+        CALLERS[caller](*make_layer().args, global_num_experts="5")
+
+
 @pytest.mark.parametrize("caller", ["triton-kernel", "torch-kernel"])
 @pytest.mark.parametrize("name", ["w1_scale", "w2_scale", "w1_zp", "w2_zp", "a1_scale", "a2_scale"])
 def test_scales_and_zero_points(name: str, caller: str) -> None:

@@ -164,6 +164,52 @@ def test_in_place(case: str, compiled: bool, experts: str, device: str) -> None:
     assert_as_accurate(given, layer)
 
 
+def traced_graph(function: Callable[..., Any], *args: Any) -> str:
+    """The graph that a backend compiles, a call a line: the op and its arguments that are no tensors."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    lines: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        for node in graph.graph.nodes:
+            if node.op == "call_function":
+                constants = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, bool | str)]
+                lines.append(" ".join([str(node.target), *map(repr, constants)]))
+        return make_boxed_func(graph.forward)
+
+    torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=record))(*args)
+    return "\n".join(lines)
+
+
+def test_graph_of_built_in_parts() -> None:
+    """No buffers, no copies, no filling of skipped slots, and the activation in GEMM 1's epilogue."""
+    layer = make_layer(skipped=True, topk=3)
+    silu = "'concatenated; t0 = sigmoid(gate); t1 = mul(gate, t0); t2 = mul(t1, up); return t2'"
+    assert traced_graph(built_in(layer), *layer.args).splitlines() == [
+        "compile_moe.sort_tokens.default",
+        "<built-in function getitem>",
+        "<built-in function getitem>",
+        f"compile_moe.gather_gemm.default {silu}",
+        "compile_moe.scatter_gemm.default",
+        "compile_moe.weight_and_reduce.default",
+    ]
+
+
+@pytest.mark.parametrize("experts", ["triton", "torch"])
+def test_autocast(experts: str, device: str) -> None:
+    """The built-in parts as torch's GEMMs: eager, compiled and fake."""
+    layer = make_layer(device=device, biased=True)
+    kernel = built_in(layer, experts)
+    with torch.autocast(device, torch.bfloat16):
+        eager = kernel(*layer.args)
+        compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")(*layer.args)
+    assert eager.dtype is compiled.dtype is torch.bfloat16
+    low = layer.to(torch.bfloat16)
+    assert_as_accurate(eager, low)
+    assert_as_accurate(compiled, low)
+
+
 class Model(nn.Module):
     """A user's module that keeps its weights, one kernel a layer, and calls it as part of its forward."""
 

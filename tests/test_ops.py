@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
 from tests.support.op_inputs import OP_CASES, STAGES, stage_inputs
@@ -25,7 +26,7 @@ def test_opcheck(case: str, stage: str, device: str) -> None:
     torch.library.opcheck(op(stage), arguments)
 
 
-@pytest.mark.parametrize("case", ["plain", "M0", "skipped"])
+@pytest.mark.parametrize("case", OP_CASES)
 def test_opcheck_in_place(case: str, device: str) -> None:
     arguments = stage_inputs(make_layer(**OP_CASES[case], device=device))["fused_moe"]
     torch.library.opcheck(torch.ops.compile_moe.fused_moe_.default, arguments)
@@ -69,6 +70,34 @@ def test_backward_names_the_op_and_the_way_out(stage: str, device: str) -> None:
     named = "weight_and_reduce" if stage == "fused_moe" else stage
     with pytest.raises(NotImplementedError, match=rf"compile_moe::{named} .*torch\.no_grad\(\)"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("stage", [s for s in STAGES if s != "sort_tokens"])
+def test_forward_mode_is_refused(stage: str, device: str) -> None:
+    arguments = list(stage_inputs(make_layer(device=device))[stage])
+    refused = pytest.raises(
+        NotImplementedError, match=r"compile_moe::\w+ has no backward .*torch\.no_grad\(\)"
+    )
+    with forward_ad.dual_level():
+        arguments[0] = forward_ad.make_dual(arguments[0], torch.ones_like(arguments[0]))
+        with refused:
+            op(stage)(*arguments)
+    with refused:
+        torch.func.jvp(
+            lambda x: op(stage)(x, *arguments[1:]), (arguments[0],), (torch.ones_like(arguments[0]),)
+        )
+
+
+@pytest.mark.parametrize("stage", [s for s in STAGES if s != "sort_tokens"])
+def test_functional_gradients_are_refused(stage: str, device: str) -> None:
+    arguments = list(stage_inputs(make_layer(device=device))[stage])
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        out = op(stage)(x, *arguments[1:])
+        return (out[0] if isinstance(out, tuple) else out).sum()
+
+    with pytest.raises(NotImplementedError, match=r"compile_moe::\w+ has no backward .*torch\.no_grad\(\)"):
+        torch.func.grad(total)(arguments[0])
 
 
 @pytest.mark.parametrize("stage", [s for s in OUT_STAGES if s != "sort_tokens"])

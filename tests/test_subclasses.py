@@ -193,9 +193,12 @@ def test_methods_of_a_mixin_are_called(which: str, device: str) -> None:
 class Unfilling(TritonExperts):
     """Leaves what it may leave unwritten as NaN, also where the allocation happened to hold numbers."""
 
+    calls = 0
+
     def apply_unfilled(
         self, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_ids: Tensor, **rest: Any
     ) -> Tensor:
+        self.calls += 1
         out: Tensor = super().apply_unfilled(hidden_states, w1, w2, topk_ids, **rest)
         skipped = (topk_ids < 0) | (topk_ids >= rest["global_num_experts"])
         return torch.where(skipped.unsqueeze(-1), torch.nan, out)
@@ -204,8 +207,25 @@ class Unfilling(TritonExperts):
 @pytest.mark.parametrize("backend", [None, "aot_eager"], ids=["eager", "compiled"])
 def test_unwritten_slots_are_masked(backend: str | None, device: str) -> None:
     layer = make_layer(M=17, topk=3, skipped=True, device=device)
-    kernel = FusedMoEModularKernel(MoEPrepareAndFinalizeNoEP(), Unfilling())
+    experts = Unfilling()
+    kernel = FusedMoEModularKernel(MoEPrepareAndFinalizeNoEP(), experts)
     assert_as_accurate(call(kernel, layer, backend), layer)
+    assert experts.calls == 1, "the shortcut of the built-in parts was not taken"
+
+
+class Widening(MoEPrepareAndFinalizeNoEP):
+    """Dispatches every token twice, and leaves finalize as it is."""
+
+    def prepare(self, a1: Tensor, *args: Any) -> PrepareResult:
+        return PrepareResult(torch.cat([a1, a1]), None, None, args[3].repeat(2, 1), args[2].repeat(2, 1))
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"], ids=["eager", "compiled"])
+def test_dispatched_rows_that_nobody_brings_back_are_refused(backend: str | None) -> None:
+    layer = make_layer()
+    kernel = FusedMoEModularKernel(Widening(), TritonExperts())
+    with pytest.raises(Exception, match=r"reduce must return \(M, K\) = .*override it"):
+        call(kernel, layer, backend)
 
 
 class Dropping(MoEPrepareAndFinalizeNoEP):

@@ -259,3 +259,57 @@ def test_scales_reach_user_parts(device: str) -> None:
     seen |= experts.arguments
     assert all(seen[name] is scale for name, scale in scales.items())
     assert seen["prepared_a2_scale"] is scales["a2_scale"] and seen["a1q_scale"] is scales["a1_scale"]
+
+
+class Packed(UserExperts):
+    """Weights of int8, two to a byte along their last dimension, which its own ``apply`` unpacks."""
+
+    def apply(self, hidden_states: Tensor, w1: Tensor, w2: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        unpacked = (self.unpack(w).to(hidden_states.dtype) / 4 for w in (w1, w2))
+        return super().apply(hidden_states, *unpacked, *args, **kwargs)
+
+    @staticmethod
+    def pack(w: Tensor) -> Tensor:
+        """Integers of -8 to 7."""
+        low, high = w[..., ::2] & 15, w[..., 1::2] & 15
+        return (low | high << 4).to(torch.uint8)
+
+    @staticmethod
+    def unpack(packed: Tensor) -> Tensor:
+        nibbles = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).int()
+        return nibbles - 16 * (nibbles > 7)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"], ids=["eager", "compiled"])
+@pytest.mark.parametrize("parts", ["overwriting", "no-ep"])
+def test_weights_in_a_format_of_the_users_own(parts: str, backend: str | None, device: str) -> None:
+    """K comes from w2.size(1), never from a trailing dimension, which packing halves."""
+    layer = make_layer(device=device)
+    layer.w1, layer.w2 = (torch.randint(-8, 8, w.shape, device=device) for w in (layer.w1, layer.w2))
+    packed = [Packed.pack(w) for w in (layer.w1, layer.w2)]
+    layer.w1, layer.w2 = (w.to(layer.hidden_states.dtype) / 4 for w in (layer.w1, layer.w2))
+    expected = layer.reference()
+    layer.w1, layer.w2 = packed
+    result = call(FusedMoEModularKernel(PARTS[parts](), Packed()), layer, backend)
+    torch.testing.assert_close(result, expected.to(result.dtype), rtol=1e-4, atol=1e-3)
+
+
+class Localizing(IndexAdd):
+    """Maps global ids to this rank's, which hold the second half of them, in ``prepare``."""
+
+    def prepare(self, a1: Tensor, *args: Any) -> PrepareResult:
+        ids, num_experts = args[3], args[4]
+        first = num_experts // 2
+        return PrepareResult(a1, None, None, torch.where(ids >= first, ids - first, -1))
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"], ids=["eager", "compiled"])
+def test_ids_of_a_space_that_only_the_users_prepare_knows(backend: str | None, device: str) -> None:
+    layer = make_layer(E=3, device=device)
+    local = layer.topk_ids.clone()
+    layer.topk_ids = local + 3
+    layer.topk_ids[::2, 0] = 1
+    result = call(FusedMoEModularKernel(Localizing(), UserExperts()), layer, backend, global_num_experts=6)
+    local[::2, 0] = -1
+    layer.topk_ids = local
+    assert_as_accurate(result, layer, FACTOR)

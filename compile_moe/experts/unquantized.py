@@ -9,8 +9,8 @@ from torch import Tensor
 
 from compile_moe.activations import ActivationLike
 from compile_moe.modular_kernel import FusedMoEPermuteExpertsUnpermute
-from compile_moe.ops.fused_moe import check_biases
-from compile_moe.ops.problem_size import require, shape
+from compile_moe.ops.fused_moe import check_biases, check_experts
+from compile_moe.ops.problem_size import require, require_optional_tensors, shape
 from compile_moe.unsupported import refuse_quant_config, refuse_scales
 
 
@@ -27,6 +27,7 @@ class UnquantizedExperts(FusedMoEPermuteExpertsUnpermute):
         self, w1_bias: Tensor | None = None, w2_bias: Tensor | None = None, quant_config: None = None
     ) -> None:
         refuse_quant_config(quant_config)
+        require_optional_tensors(w1_bias=w1_bias, w2_bias=w2_bias)
         self.w1_bias = w1_bias
         self.w2_bias = w2_bias
 
@@ -73,6 +74,9 @@ class UnquantizedExperts(FusedMoEPermuteExpertsUnpermute):
             hidden_states,
             w1,
             w2,
+            topk_ids,
+            global_num_experts,
+            expert_map,
             expert_num_tokens,
             w1_scale=w1_scale,
             w2_scale=w2_scale,
@@ -107,6 +111,9 @@ class UnquantizedExperts(FusedMoEPermuteExpertsUnpermute):
             hidden_states,
             w1,
             w2,
+            topk_ids,
+            global_num_experts,
+            expert_map,
             expert_num_tokens,
             w1_scale=w1_scale,
             w2_scale=w2_scale,
@@ -124,6 +131,9 @@ class UnquantizedExperts(FusedMoEPermuteExpertsUnpermute):
         hidden_states: Tensor,
         w1: Tensor,
         w2: Tensor,
+        topk_ids: Tensor,
+        global_num_experts: int,
+        expert_map: Tensor | None,
         expert_num_tokens: Tensor | None,
         **scales: Tensor | None,
     ) -> None:
@@ -136,4 +146,5 @@ class UnquantizedExperts(FusedMoEPermuteExpertsUnpermute):
                 "format (E, max_num_tokens, K) needs an experts class for it"
             ),
         )
+        check_experts(hidden_states, w1, w2, topk_ids, global_num_experts, expert_map)
         check_biases(w1, w2, self.w1_bias, self.w2_bias)

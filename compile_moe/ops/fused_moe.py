@@ -31,6 +31,7 @@ from compile_moe.ops.problem_size import (
     check_ids,
     check_same,
     require,
+    require_type,
     shape,
 )
 from compile_moe.ops.registry import define_composite, implementation
@@ -39,17 +40,16 @@ from compile_moe.ops.sort_tokens import sort_tokens
 from compile_moe.ops.weight_and_reduce import check_topk_weights, weight_and_reduce
 
 
-def check_layer(
+def check_call(
     hidden_states: Tensor,
     w1: Tensor,
     w2: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    global_num_experts: int,
     expert_map: Tensor | None,
     apply_router_weight_on_input: bool,
 ) -> None:
-    """Check what only the whole layer can see; each stage checks its own arguments."""
+    """Check what holds for a layer in any format of weights, before anything runs."""
     require(
         hidden_states.dim() == 2,
         lambda: (
@@ -62,7 +62,7 @@ def check_layer(
         num_experts >= 1, lambda: f"w1 and w2 must hold at least one expert, got {shape(w1)} and {shape(w2)}"
     )
     require(
-        hidden_states.size(1) == k and w1.size(2) == k,
+        hidden_states.size(1) == k,
         lambda: (
             f"hidden_states (M, K), w1 (E, N, K) and w2 (E, K, I) must agree in K, got {shape(hidden_states)}, "
             f"{shape(w1)} and {shape(w2)}"
@@ -72,12 +72,39 @@ def check_layer(
     check_expert_map(expert_map, topk_ids)
     check_device("hidden_states", hidden_states, w1=w1, w2=w2, topk_ids=topk_ids)
     check_float_dtype("hidden_states", hidden_states)
-    if not _is_autocast(hidden_states.device.type):
-        check_same("hidden_states", hidden_states, w1=w1, w2=w2)
     check_topk_weights(topk_weights, hidden_states)
     require(
         topk_weights.dim() == 2 and topk_weights.size(1) == topk and topk_weights.size(0) == m,
         lambda: f"topk_weights must have the shape of topk_ids, {shape(topk_ids)}, got {shape(topk_weights)}",
+    )
+    require(
+        not apply_router_weight_on_input or topk == 1,
+        lambda: f"apply_router_weight_on_input needs topk = 1, got topk = {topk}; weight the outputs instead",
+    )
+
+
+def check_experts(
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    topk_ids: Tensor,
+    global_num_experts: int,
+    expert_map: Tensor | None,
+) -> None:
+    """Check the tokens that experts with float weights get, their weights, and the space of the ids."""
+    num_experts, k, topk = w1.size(0), w2.size(1), topk_ids.size(1)
+    require(
+        hidden_states.size(1) == k and w1.size(2) == k,
+        lambda: (
+            f"hidden_states (M, K), w1 (E, N, K) and w2 (E, K, I) must agree in K, got {shape(hidden_states)}, "
+            f"{shape(w1)} and {shape(w2)}"
+        ),
+    )
+    if not _is_autocast(hidden_states.device.type):
+        check_same("hidden_states", hidden_states, w1=w1, w2=w2)
+    require_type(
+        isinstance(global_num_experts, int | torch.SymInt),
+        lambda: f"global_num_experts must be an int, got {type(global_num_experts).__name__}",
     )
     num_global = num_experts if expert_map is None else expert_map.size(0)
     require(
@@ -91,10 +118,6 @@ def check_layer(
     )
     require(
         topk <= num_global, lambda: f"topk must be at most the number of experts, {num_global}, got {topk}"
-    )
-    require(
-        not apply_router_weight_on_input or topk == 1,
-        lambda: f"apply_router_weight_on_input needs topk = 1, got topk = {topk}; weight the outputs instead",
     )
 
 
@@ -158,16 +181,8 @@ def _fused_out(
     w1_bias: Tensor | None,
     w2_bias: Tensor | None,
 ) -> Tensor:
-    check_layer(
-        hidden_states,
-        w1,
-        w2,
-        topk_weights,
-        topk_ids,
-        global_num_experts,
-        expert_map,
-        apply_router_weight_on_input,
-    )
+    check_call(hidden_states, w1, w2, topk_weights, topk_ids, expert_map, apply_router_weight_on_input)
+    check_experts(hidden_states, w1, w2, topk_ids, global_num_experts, expert_map)
     epilogue = resolve(activation)
     check_intermediate(w1, w2, activation, not epilogue.startswith("ungated"))
     if apply_router_weight_on_input:

@@ -92,6 +92,12 @@ def require_tensors(**values: object) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
+def require_optional_tensors(**values: object) -> None:
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor or None, got {type(value).__name__}")
+
+
 def check_float_dtype(name: str, t: Tensor) -> None:
     accepted = CUDA_DTYPES if t.device.type == "cuda" else CPU_DTYPES
     require_type(

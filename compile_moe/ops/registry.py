@@ -9,11 +9,12 @@ compiled joint graph detaches silently.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from compile_moe.ops.untraced import untraced
 
@@ -91,7 +92,7 @@ def define_op(
     torch.library.register_fake(f"{NAMESPACE}::{name}", functional_fake, lib=LIBRARY)
     op: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
     _cuda_implementations[op] = functional_cuda
-    LIBRARY.impl(name, untraced(_autograd(op, name)), "Autograd", with_keyset=True)
+    LIBRARY.impl(name, untraced(_autograd(op, name)), "Autograd")
     if autocast:
         for device_type in ("cpu", "cuda"):
             LIBRARY.impl(name, untraced(_autocast(op, device_type)), f"Autocast{device_type.upper()}")
@@ -141,11 +142,14 @@ def implementation(op: torch._ops.OpOverload, *tensors: Tensor | None) -> Callab
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.is_autocast_enabled("cuda")
+        or forward_ad._current_level >= 0
     ):
         return op
     grad = torch.is_grad_enabled()
     for t in tensors:
-        if t is not None and (type(t) not in _PLAIN or not t.is_cuda or (grad and t.requires_grad)):
+        if t is None:
+            continue
+        if type(t) not in _PLAIN or not t.is_cuda or t.is_neg() or (grad and t.requires_grad):
             return op
     return _cuda_implementations[op]
 
@@ -173,28 +177,41 @@ def _autograd(op: torch._ops.OpOverload, name: str) -> Callable[..., Any]:
     Not torch.library.register_autograd, which takes two more calls of the dispatcher where there is nothing to do.
     """
 
-    def below(keyset: Any, *args: Any) -> Any:
+    def below(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            return op(*args)
 
     class WithoutBackward(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
-            return below(keyset, *args)
+        def forward(ctx: Any, *args: Any) -> Any:
+            return below(*args)
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             raise NotImplementedError(_no_backward_message(name))
 
     # No argument of these schemas is keyword-only: all arrive by position, however they were given.
-    def autograd(keyset: Any, *args: Any) -> Any:
+    def autograd(*args: Any) -> Any:
         tensors = [a for a in args if isinstance(a, Tensor)]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return WithoutBackward.apply(keyset, *args)
+        needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        # torch.func's transforms take no function of autograd from inside an op, so these raise before they run.
+        is_transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        if _have_tangents(tensors) or (needs_gradient and is_transformed):
+            raise NotImplementedError(_no_backward_message(name))
+        if needs_gradient:
+            return WithoutBackward.apply(*args)
         run = implementation(op, *tensors)
-        return below(keyset, *args) if run is op else run(*args)
+        return below(*args) if run is op else run(*args)
 
     return autograd
+
+
+def _have_tangents(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether forward-mode differentiation goes through one of them."""
+    if forward_ad._current_level < 0:
+        return False
+    floating = (t for t in tensors if t is not None and t.is_floating_point())
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in floating)
 
 
 def _refuse_grad(name: str, values: tuple[Any, ...]) -> None:

@@ -49,7 +49,7 @@ def weight_and_reduce_kernel(
                 expert = tl.load(expert_map_ptr + tl.where(valid, expert, 0), mask=valid, other=-1)
                 valid = valid & (expert >= 0) & (expert < num_experts)
         x = tl.load(
-            x_ptr + token * stride_xm + tl.cast(stride_xj, tl.int64) * j + column * stride_xk,
+            x_ptr + token * stride_xm + tl.cast(stride_xj, tl.int64) * j + column.to(tl.int64) * stride_xk,
             mask=mask & valid,
             other=0.0,
         )
