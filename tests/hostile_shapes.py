@@ -9,41 +9,107 @@ from __future__ import annotations
 
 import itertools
 import sys
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import compile_moe
-from compile_moe.ops import act_and_mul
+from compile_moe import FusedMoEModularKernel, MoEPrepareAndFinalizeNoEP, TritonExperts
+from compile_moe.ops import act_and_mul, route_and_sort_tokens, route_tokens
 from compile_moe.ops.named_activations import program_text
 from tests.support.oracle import CASES, assert_as_accurate, make_layer
 
-SIZES = (
+SIZES: tuple[dict[str, Any], ...] = (
     {},
     {"M": 1, "K": 1, "I": 1},
     {"M": 33, "K": 65, "I": 17},
     {"M": 700, "K": 129, "I": 31, "E": 9, "topk": 7},
+    # Rows that start at multiples of 16 bytes: the kernels that load by vectors.
+    {"M": 2, "K": 64, "I": 24},
+    {"M": 150, "K": 136, "I": 72, "E": 3},
+    {"M": 900, "K": 64, "I": 264, "E": 4, "topk": 2},
 )
+MANY_SIZES = ("plain", "transposed", "biased", "mapped", "skipped", "strided")
+
+
+class OwnFinalize(MoEPrepareAndFinalizeNoEP):
+    """Reads every slot, so that the experts must fill those that are skipped."""
+
+    def finalize(self, output: Tensor, fused_expert_output: Tensor, *args: Any) -> None:
+        super().finalize(output, fused_expert_output, *args)
+
+
+def row_softmax(gate_up: Tensor) -> Tensor:
+    """No epilogue: runs between the GEMMs."""
+    gate, up = gate_up.chunk(2, -1)
+    return gate.softmax(-1) * up
+
+
+def layers(device: str) -> int:
+    count = 0
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    for (name, case), dtype in itertools.product(CASES.items(), dtypes):
+        for size in SIZES if name in MANY_SIZES else ({},):
+            layer = make_layer(**{**case, **size}, dtype=dtype, device=device)
+            assert_as_accurate(compile_moe.fused_experts(*layer.args, **layer.options), layer)
+            count += 1
+    for case in ("skipped", "skipped-mapped", "M0"):
+        layer = make_layer(**CASES[case], dtype=torch.bfloat16, device=device)
+        kernel = FusedMoEModularKernel(OwnFinalize(), TritonExperts())
+        assert_as_accurate(kernel(*layer.args, expert_map=layer.expert_map), layer)
+        layer = make_layer(
+            **CASES[case], dtype=torch.bfloat16, device=device, activation=row_softmax, function=row_softmax
+        )
+        assert_as_accurate(compile_moe.fused_experts(*layer.args, **layer.options), layer)
+        count += 2
+    return count
+
+
+def ids_far_out_of_range(device: str) -> None:
+    """More slots than one launch sorts; and what a corrupt map would hold. On a CPU these raise."""
+    for mapped in (False, True):
+        layer = make_layer(M=3000, K=16, I=16, E=300, topk=3, mapped=mapped, device=device)
+        layer.topk_ids[::7] = 2**40
+        layer.topk_ids[1::7] = -(2**40)
+        compile_moe.fused_experts(*layer.args, **layer.options)
+        few = make_layer(M=5, mapped=True, device=device)
+        few.expert_map[::2] = 2**31 - 1  # type: ignore[index]
+        few.expert_map[1::4] = -7  # type: ignore[index]
+        compile_moe.fused_experts(*few.args, **few.options)
+
+
+def routers(device: str) -> None:
+    for m, (e, topk) in itertools.product((1, 7, 65, 600), ((1, 1), (3, 2), (35, 5), (128, 8), (512, 10))):
+        for dtype, scoring in itertools.product((torch.bfloat16, torch.float32), ("softmax", "topk_softmax")):
+            logits = torch.randn(m, e, device=device, dtype=dtype)
+            for op in (route_tokens, route_and_sort_tokens):
+                op(logits, topk, scoring)
+        bias = torch.randn(e, device=device)
+        groups = 5 if e == 35 else 1
+        for op in (route_tokens, route_and_sort_tokens):
+            op(torch.randn(m, e, device=device), topk, "sigmoid", bias, groups, max(1, groups - 1), True, 2.5)
+
+
+def compiled(device: str) -> None:
+    """What inductor makes of finalize, map included."""
+    torch._dynamo.reset()
+    layer = make_layer(**CASES["skipped-mapped"], dtype=torch.bfloat16, device=device)
+    with torch.no_grad():
+        function = torch.compile(compile_moe.fused_experts, fullgraph=True)
+        assert_as_accurate(function(*layer.args, **layer.options), layer)
 
 
 def main() -> int:
     if not torch.cuda.is_available():
         print("needs a CUDA device")
         return 2
-    count = 0
-    for (name, case), dtype in itertools.product(CASES.items(), (torch.bfloat16, torch.float32)):
-        for size in (
-            SIZES if name in ("plain", "transposed", "biased", "mapped", "skipped", "strided") else ({},)
-        ):
-            layer = make_layer(**{**case, **size}, dtype=dtype, device="cuda")
-            assert_as_accurate(compile_moe.fused_experts(*layer.args, **layer.options), layer)
-            count += 1
+    count = layers("cuda")
     for columns in (2, 34, 2050):
         act_and_mul(torch.randn(3, columns, device="cuda"), program_text("silu"))
-    # More slots than one launch sorts, and ids far out of range.
-    layer = make_layer(M=3000, K=16, I=16, E=300, topk=3, device="cuda")
-    layer.topk_ids[::7] = 2**40
-    layer.topk_ids[1::7] = -(2**40)
-    compile_moe.fused_experts(*layer.args)
+    ids_far_out_of_range("cuda")
+    routers("cuda")
+    compiled("cuda")
     torch.cuda.synchronize()
     print(f"{count} layers ran")
     return 0
