@@ -108,8 +108,8 @@ def tile_candidates(
     Args:
         itemsize: bytes of an operand's element.
         num_columns: columns of one accumulator's matrix; depth: of the product; num_accumulators: 2 for gate and up.
-        vectorized: rows of both operands start at multiples of 16 bytes. Elements that are loaded one by one pass
-            through registers, which bounds the tile.
+        vectorized: Triton loads both operands 16 bytes at once. Elements that are loaded one by one pass through
+            registers, which bounds the tile.
     """
     tiles = []
     for block_m in _ROW_TILES:
@@ -149,12 +149,15 @@ def row_stride(x: torch.Tensor) -> int:
 
 
 def is_vectorized(x: torch.Tensor, w: torch.Tensor) -> bool:
-    """Whether every row of x (rows, depth) and w starts at a multiple of 16 bytes; a row is what has stride 1."""
+    """Whether Triton loads 16 bytes at once of the rows of x (rows, depth) and w; a row is what has stride 1.
+
+    It knows of strides that they are multiples of 16 elements, and nothing of other multiples of 16 bytes.
+    """
     strides = [
         row_stride(x),
         *(s for t in (x[:1], w) for size, s in zip(t.shape, t.stride(), strict=True) if size > 1),
     ]
-    return all(stride == 1 or stride * w.element_size() % 16 == 0 for stride in strides)
+    return all(stride == 1 or stride % 16 == 0 for stride in strides)
 
 
 def _shared_memory(tile: Tile, itemsize: int, num_accumulators: int) -> int:
