@@ -1,11 +1,12 @@
 """From a PyTorch callable over gate/up columns to an epilogue program.
 
-The callable is traced with make_fx on a small meta tensor (ROWS, N);
+The callable is traced with make_fx on a small fake tensor (ROWS, N), its in-place operations made functional;
 :mod:`compile_moe.ops.graph_to_epilogue` translates the graph, or says what stopped it.
 """
 
 from __future__ import annotations
 
+import functools
 import types
 import weakref
 from collections.abc import Callable, Hashable
@@ -13,9 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import _disable_current_modes
 
-from compile_moe.ops.graph_to_epilogue import ROWS, GraphToEpilogue, NotPointwise
+from compile_moe.ops.aten_formulas import BITWISE, FORMULAS
+from compile_moe.ops.column_codes import MOVES
+from compile_moe.ops.graph_to_epilogue import ROWS, NotPointwise, program_of
 
 aten = torch.ops.aten
 
@@ -29,15 +34,19 @@ def trace(function: Callable[..., Tensor], owner: Any, num_columns: int) -> tupl
         num_columns: N.
     """
     call = (lambda x: function(x)) if owner is None else (lambda x: function(owner, x))
-    gate_up = torch.empty(ROWS, num_columns, device="meta")
     try:
-        with torch.no_grad():
-            graph = make_fx(call, decomposition_table=_decompositions())(gate_up).graph
-    except Exception as error:  # whatever a user's function raises on a meta tensor
+        # Apart from whatever is being traced around it: no symbol of this belongs to that.
+        with torch._guards.tracing(None), _disable_current_modes(), torch.no_grad(), torch.device("cpu"):
+            gate_up = torch.empty(ROWS, num_columns)
+            traced = make_fx(functionalize(call), _decompositions(), tracing_mode="fake")(gate_up)
+    except Exception as error:  # whatever a user's function raises on a fake tensor
         first_line = str(error).partition("\n")[0]
+        if "convert all Tensors to FakeTensors" in first_line:
+            return "", "it uses a captured tensor"
         return "", f"tracing it raised {type(error).__name__}: {first_line}"
+    source, *_, output = traced.graph.nodes
     try:
-        return GraphToEpilogue(num_columns).program(graph).text(), ""
+        return program_of(source, output.args[0]).text(), ""
     except NotPointwise as refusal:
         return "", str(refusal)
 
@@ -47,8 +56,8 @@ _cache: weakref.WeakKeyDictionary[Any, dict[Hashable, tuple[str, str]]] = weakre
 
 def trace_cached(function: Callable[..., Tensor], owner: Any, num_columns: int) -> tuple[str, str]:
     """:func:`trace`, remembered for eager calls as long as the callable lives and the scalars it captured are the
-    same: in its closure, its defaults and the globals that it names, themselves, in lists and dicts, or as attributes
-    of objects and modules there, and the attributes of the callable itself or of what it is bound to.
+    same: in its closure, its defaults, the globals that it names and what it is bound to, themselves, in lists and
+    dicts, as attributes of objects there and of what those hold, and in the functions that it calls.
     """
     holder = function if owner is None else owner
     try:
@@ -63,60 +72,79 @@ def trace_cached(function: Callable[..., Tensor], owner: Any, num_columns: int) 
 
 
 _SCALARS = (bool, int, float, str)
+_MOST_STEPS = 4  # from one object to the next, as in self.config.limits["gate"]
 
 
 def _captured_scalars(function: Any, owner: Any) -> tuple[Hashable, ...]:
-    values: list[Any] = [owner, function]
-    values += getattr(function, "__defaults__", None) or ()
-    values += (getattr(function, "__kwdefaults__", None) or {}).values()
-    for cell in getattr(function, "__closure__", None) or ():
-        try:
-            values.append(cell.cell_contents)
-        except ValueError:  # a cell that is not filled yet
-            values.append(None)
-    names: tuple[str, ...] = ()
-    if (code := getattr(function, "__code__", None)) is not None:
-        names = code.co_names
-        values += [function.__globals__.get(name) for name in names]
+    """All that tracing may read: of an object its own scalars, and of what it holds that which the code names."""
     scalars: list[Hashable] = []
-    for value in values:
+    seen: set[int] = set()
+
+    def visit(value: Any, names: frozenset[str], steps: int) -> None:
         if isinstance(value, _SCALARS):
             scalars.append(value)
-        elif isinstance(value, (list, tuple, dict)):
-            contents = value.values() if isinstance(value, dict) else value
-            scalars += (v for v in contents if isinstance(v, _SCALARS))
-        elif isinstance(value, types.ModuleType):
-            scalars += (v for name in names if isinstance(v := getattr(value, name, None), _SCALARS))
-        elif not isinstance(value, (type, types.FunctionType)) and hasattr(value, "__dict__"):
-            scalars += (v for v in vars(value).values() if isinstance(v, _SCALARS))
+            return
+        if value is None or steps > _MOST_STEPS or id(value) in seen or isinstance(value, (type, Tensor)):
+            return
+        seen.add(id(value))
+        names |= _names(value)
+        held: list[Any]
+        if isinstance(value, types.ModuleType):
+            found = [getattr(value, name, None) for name in sorted(names)]
+            held = [v for v in found if isinstance(v, (*_SCALARS, types.FunctionType))]
+        elif isinstance(value, (list, tuple)):
+            held = list(value)
+        elif isinstance(value, dict):
+            held = list(value.values())
+        elif isinstance(value, types.MethodType):
+            held = [value.__func__, value.__self__]
+        elif isinstance(value, functools.partial):
+            held = [value.func, value.args, value.keywords]
+        elif isinstance(value, types.FunctionType):
+            held = _held_by_function(value)
+        else:
+            attributes = getattr(value, "__dict__", {})
+            held = [v for name, v in attributes.items() if name in names or isinstance(v, _SCALARS)]
+        for v in held:
+            visit(v, names, steps + 1)
+
+    visit(function, frozenset(), 0)
+    visit(owner, _names(function), 0)
     return tuple(scalars)
 
 
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    from torch._decomp import get_decompositions
+def _names(value: Any) -> frozenset[str]:
+    """Globals and attributes that calling ``value`` may read."""
+    call: Any = value
+    if not isinstance(value, types.FunctionType) and callable(value):
+        call = getattr(type(value), "forward", type(value).__call__)
+    code = getattr(call, "__code__", None)
+    if code is None:
+        return frozenset()
+    inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
+    return frozenset((*code.co_names, *(name for c in inner for name in c.co_names)))
 
-    return get_decompositions(
-        [
-            aten.silu,
-            aten.gelu,
-            aten.softplus,
-            aten.mish,
-            aten.elu,
-            aten.celu,
-            aten.leaky_relu,
-            aten.hardtanh,
-            aten.hardsigmoid,
-            aten.hardswish,
-            aten.log_sigmoid_forward,
-            aten.threshold,
-            aten.softshrink,
-            aten.hardshrink,
-            aten.square,
-            aten.relu6,
-            aten.addcmul,
-            aten.addcdiv,
-            aten.lerp,
-            aten.sinc,
-            aten.xlogy,
-        ]
-    )
+
+def _held_by_function(function: types.FunctionType) -> list[Any]:
+    if (function.__module__ or "").partition(".")[0] == "torch":
+        return []
+    held: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        try:
+            held.append(cell.cell_contents)
+        except ValueError:  # a cell that is not filled yet
+            pass
+    return held + [function.__globals__.get(name) for name in sorted(_names(function))]
+
+
+@functools.cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Those that inductor uses, but for what :mod:`compile_moe.ops.aten_formulas` has a form of its own."""
+    from torch._decomp import core_aten_decompositions, get_decompositions
+
+    inductors = [aten.elu, aten.gelu, aten.hardtanh, aten.leaky_relu]
+    table = {**core_aten_decompositions(), **get_decompositions(inductors)}
+    # Among them are decompositions into masks over columns, or into numbers of a dtype, which isn't known here.
+    for kept in (*FORMULAS, *BITWISE, *MOVES):
+        table.pop(kept, None)
+    return table

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compile_moe.ops.epilogue import VOCABULARY, evaluate_steps, parse
+from compile_moe.ops.epilogue import VOCABULARY, Program, evaluate_steps, parse
+from compile_moe.ops.kernels import act_and_mul
 from compile_moe.ops.named_activations import NAMES, program_text, resolve
+from tests.support.aot import compile_ahead
 from tests.support.oracle import ACTIVATIONS
 
 
@@ -52,6 +54,10 @@ def test_nan_and_infinity_pass_through() -> None:
         ("concatenated; t0 = exp(gate)); return t0", "step 0"),
         ("concatenated; t0 = exp(gate); return t1", "must end with"),
         ("concatenated; t0 = exp(gate); t0", "must end with"),
+        ("ungated; t0 = gt(gate, 0); t1 = add(t0, gate); return t1", "operand 0 must be a number, got 't0'"),
+        ("ungated; t0 = where(gate, 1, 0); return t0", "operand 0 must be a boolean, .* got 'gate'"),
+        ("ungated; t0 = logical_not(1); return t0", "operand 0 must be a boolean"),
+        ("ungated; t0 = gt(gate, 0); return t0", "must return a number, got the boolean t0"),
     ],
 )
 def test_what_is_no_program_is_refused(text: str, message: str) -> None:
@@ -69,16 +75,39 @@ def test_source_holds_nothing_but_the_vocabulary() -> None:
     )
 
 
-def test_vocabulary_matches_torch() -> None:
-    for name, op in VOCABULARY.items():
-        operands = ", ".join(["gate", "up", "0.5"][: op.arity])
-        steps = "t0 = gt(gate, up); " if op.arity == 3 else ""
-        operands = "t0, gate, 0.5" if op.arity == 3 else operands
-        last = "t1" if steps else "t0"
-        program = parse(f"concatenated; {steps}{last} = {name}({operands}); return {last}")
-        x = torch.rand(4, 6, dtype=torch.float64) + 0.1
-        arguments = [x[:, :3], x[:, 3:], torch.tensor(0.5, dtype=torch.float64)][: op.arity]
-        if op.arity == 3:
-            arguments = [x[:, :3] > x[:, 3:], x[:, :3], arguments[2]]
-        expected = op.torch_function(*arguments).to(x.dtype)
-        torch.testing.assert_close(evaluate_steps(*program.as_tuples(), x), expected)
+def program_with(op: str, *numbers: str) -> Program:
+    """A program of one operation, which compares gate and up where it needs a boolean."""
+    kind = VOCABULARY[op]
+    operands = [*["t0"] * kind.num_booleans, *numbers][: kind.arity]
+    steps = f"t0 = gt(gate, up); t1 = {op}({', '.join(operands)})"
+    steps, last = (f"{steps}; t2 = where(t1, 1.0, 0.0)", "t2") if kind.gives_boolean else (steps, "t1")
+    return parse(f"concatenated; {steps}; return {last}")
+
+
+@pytest.mark.parametrize("op", VOCABULARY)
+def test_vocabulary_matches_torch(op: str) -> None:
+    x = torch.rand(40, 6, dtype=torch.float64) + 0.1
+    gate, up = x[:, :3], x[:, 3:]
+    kind = VOCABULARY[op]
+    operands = [*[gate > up] * kind.num_booleans, gate, up][: kind.arity]
+    expected = kind.torch_function(*operands).to(x.dtype)
+    result = evaluate_steps(*program_with(op, "gate", "up").as_tuples(), x)
+    torch.testing.assert_close(result, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("numbers", ["columns", "literals"])
+@pytest.mark.parametrize("op", VOCABULARY)
+def test_vocabulary_compiles_for_a_gpu(op: str, numbers: str) -> None:
+    """Whatever literals it meets, in float32: its Triton text would spread any float64."""
+    operands = {
+        "columns": ("gate", "up"),
+        "literals": ("gate", "1e-40") if op != "where" else ("1e+300", "nan"),
+    }
+    program = program_with(op, *operands[numbers])
+    out, gate_up = (torch.empty(5, n, dtype=torch.bfloat16, device="meta") for n in (32, 64))
+    launch = act_and_mul.launch_for(out, gate_up, program.triton_source(), program.layout)
+    options = dict(launch.options)
+    compiler = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+    compiled = compile_ahead(launch.kernel, launch.args, options, capability=90, **compiler)
+    # CUDA's own functions reduce large angles in float64.
+    assert op in ("sin", "cos", "tan") or ".f64" not in compiled.ptx

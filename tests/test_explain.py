@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from typer.testing import CliRunner, Result
 
 import compile_moe
 from compile_moe.cli import app
+from compile_moe.lowering import fuse_epilogue
 from compile_moe.lowering.explain import Explanation
+from compile_moe.lowering.scheduled_kernels import scheduled_kernels
+from compile_moe.ops import weight_and_reduce
+from tests.support.fake_cuda import cuda_empty, fake_cuda
 from tests.support.oracle import make_layer
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -69,6 +77,104 @@ def test_refusal_names_the_line() -> None:
     assert explain_block(clamped).refusals == ()
 
 
+def test_router_on_a_cpu() -> None:
+    layer = make_layer(topk=2, E=8)
+
+    def block(x: Tensor, w1: Tensor, w2: Tensor, logits: Tensor) -> Tensor:
+        weights, ids = logits.softmax(-1).topk(2)
+        return compile_moe.fused_experts(x, w1, w2, weights, ids)
+
+    x, w1, w2, *_ = layer.args
+    (refusal,) = compile_moe.explain(block, x, w1, w2, torch.randn(x.size(0), 8)).refusals
+    assert refusal.startswith("router at topk (`weights, ids = logits.softmax(-1).topk(2)`, line ")
+    assert refusal.endswith(": it is on cpu; route_tokens saves kernels on cuda only")
+
+
+def test_nothing_to_refuse() -> None:
+    layer = make_layer()
+    refusals = compile_moe.explain(lambda *args: compile_moe.fused_experts(*args) + 1, *layer.args).refusals
+    assert refusals == ()
+
+
+def explain_on_a_gpu(function: Callable[..., Any], k: int) -> Explanation:
+    """For a layer's finalize on a GPU that is not there, 16 tokens, 8 experts a token."""
+    with fake_cuda(), FakeTensorMode(shape_env=ShapeEnv()):
+        fused_out, weights = cuda_empty(16, 8, k), cuda_empty(16, 8, dtype=torch.float32)
+        return compile_moe.explain(function, fused_out, weights, cuda_empty(16, k), cuda_empty(k, 64))
+
+
+def norm_behind(fused_out: Tensor, weights: Tensor, residual: Tensor, w: Tensor) -> Tensor:
+    return F.rms_norm(weight_and_reduce(fused_out, weights) + residual, residual.shape[-1:])
+
+
+def quantized_behind(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+    groups = norm_behind(*arguments).unflatten(-1, (-1, 128)).float()
+    scales = groups.abs().amax(-1, keepdim=True) / 448
+    return groups / scales, scales
+
+
+def product_between(fused_out: Tensor, weights: Tensor, residual: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Nothing that could be merged: the second norm has to wait for the product."""
+    h = norm_behind(fused_out, weights, residual, w)
+    return F.rms_norm(h @ w, (64,)) + h[:, :64], (residual @ w).relu() @ w.t()
+
+
+@pytest.mark.parametrize(
+    ("function", "k", "reasons"),
+    [
+        (norm_behind, 2048, []),
+        (product_between, 2048, []),
+        (
+            quantized_behind,
+            2048,
+            ["amax of (16, 16, 128) goes over other elements than mean of (16, 2048)"],
+        ),
+        (norm_behind, 16384, ["inductor splits mean of (16, 16384)"] * 2),
+    ],
+    ids=["one-kernel", "product-between", "groups", "split"],
+)
+def test_kernels_apart_from_finalize(function: Callable[..., Any], k: int, reasons: list[str]) -> None:
+    kernels, refusals = explain_on_a_gpu(function, k)
+    assert len(refusals) == len(reasons), refusals
+    for refusal, reason in zip(refusals, reasons, strict=True):
+        assert refusal.startswith("finalize: ") and refusal.endswith(f" in another kernel, since {reason}")
+    if function is not product_between:
+        assert [kernel.kind for kernel in kernels] == ["generated"] * (1 + len(reasons))
+
+
+def test_refusals_of_a_thread_are_its_own() -> None:
+    fuse_epilogue.refusals.clear()
+
+    def compile_another() -> None:
+        # From a cache, the graph comes as the passes left it, without their reasons.
+        with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+            layer = make_layer()
+            torch.compile(compile_moe.fused_experts)(*layer.args, activation=accumulated)
+        found.extend(fuse_epilogue.refusals)
+
+    found: list[str] = []
+    thread = threading.Thread(target=compile_another)
+    thread.start()
+    thread.join()
+    assert len(found) == 1 and fuse_epilogue.refusals == []
+
+
+def test_other_threads_compile_meanwhile() -> None:
+    """explain stops its own compile, and names its own kernels."""
+    compiled: list[Tensor] = []
+
+    def compile_another() -> None:
+        compiled.append(torch.compile(lambda x: x.sin() + 1)(torch.zeros(3)))
+
+    with scheduled_kernels() as kernels:
+        thread = threading.Thread(target=compile_another)
+        thread.start()
+        thread.join()
+        torch.compile(lambda x: x.cos() * 2)(torch.zeros(3))
+    assert compiled[0].tolist() == [1, 1, 1]
+    assert [kernel.operations for kernel in kernels] == [("cos", "mul")]
+
+
 def test_what_does_not_compile_says_so() -> None:
     def breaks(x: Tensor) -> Tensor:
         torch._dynamo.graph_break()
@@ -111,7 +217,7 @@ def gate(gate_up):
     file.write_text(source.replace("gate.sigmoid()", "gate.flip(0)"))
     after = run(*arguments)
     assert before.exit_code == after.exit_code == 0, (before.output, after.output)
-    assert "t0 = sigmoid(gate)" in before.stdout and "nothing that could be" in before.stdout
+    assert "t0 = sigmoid(gate)" in before.stdout and "is not a pointwise" not in before.stdout
     assert "t0 = sigmoid(gate)" not in after.stdout
     assert "rev (`return gate.flip(0) * up`, line 4 of own_gate.py) is not a pointwise" in " ".join(
         after.stdout.replace("│", " ").split()

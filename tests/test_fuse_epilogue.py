@@ -16,6 +16,7 @@ from torch import Tensor
 import compile_moe
 from compile_moe.lowering.fuse_epilogue import refusals
 from compile_moe.ops import gather_gemm, scatter_gemm, sort_tokens
+from tests.support import pointwise
 from tests.support.fake_cuda import GeneratedKernels, cuda_empty, generated_kernels
 from tests.support.oracle import assert_as_accurate, make_layer
 
@@ -83,66 +84,105 @@ def test_ungated() -> None:
     assert_fused(generate(stages(lambda x: F.relu(x).square()), columns=I))
 
 
-UNARY = (
-    torch.sigmoid,
-    torch.tanh,
-    torch.exp,
-    torch.abs,
-    F.silu,
-    F.gelu,
-    F.softplus,
-    lambda x: x.clamp(-1, 2),
-    torch.neg,
-)
-BINARY = (torch.add, torch.sub, torch.mul, torch.maximum, lambda a, b: torch.where(a > b, a, b * 0.5))
-EXPRESSIONS = st.recursive(
-    st.sampled_from(["gate", "up"]),
-    lambda inner: st.one_of(
-        st.tuples(st.sampled_from(range(len(UNARY))), inner),
-        st.tuples(st.sampled_from(range(len(BINARY))), inner, inner),
-    ),
-    max_leaves=6,
-)
+#: Each activation with its own w1; in one graph, since compiling takes longer than translating.
+Several = dict[str, Activation]
 
 
-def evaluate(expression: Any, gate: Tensor, up: Tensor) -> Tensor:
-    if isinstance(expression, str):
-        return gate if expression == "gate" else up
-    if len(expression) == 2:
-        return UNARY[expression[0]](evaluate(expression[1], gate, up))
-    return BINARY[expression[0]](*(evaluate(operand, gate, up) for operand in expression[1:]))
+def all_stages(activations: Several) -> Callable[..., list[Any]]:
+    def function(x: Tensor, w2: Tensor, ids: Tensor, *w1: Tensor) -> list[Any]:
+        slots, offsets = sort_tokens(ids, E)
+        results = []
+        for activation, w in zip(activations.values(), w1, strict=True):
+            hidden = activation(gather_gemm(x, w, slots, offsets, TOPK)).to(x.dtype)
+            results.append(scatter_gemm(hidden, w2, slots, offsets, ids.size(0), TOPK))
+        return results
+
+    return function
 
 
-@hypothesis.settings(max_examples=12)
-@hypothesis.given(expression=EXPRESSIONS, interleaved=st.booleans())
-def test_random_expressions(expression: Any, interleaved: bool) -> None:
-    def activation(x: Tensor) -> Tensor:
-        halves = (x[:, ::2], x[:, 1::2]) if interleaved else x.chunk(2, -1)
-        return evaluate(expression, *halves) * halves[1]
-
-    torch._dynamo.reset()
-    assert_fused(generate(stages(activation)))
+def columns(name: str) -> int:
+    return I if "ungated" in name else 2 * I
 
 
-@hypothesis.settings(max_examples=6)
-@hypothesis.given(expression=EXPRESSIONS)
-def test_numerics_of_random_expressions(expression: Any) -> None:
-    """On the CPU, whose ops evaluate the same programs."""
-
-    def activation(x: Tensor) -> Tensor:
-        gate, up = x.chunk(2, -1)
-        return evaluate(expression, gate, up) * 0.5
+def assert_all_fused(activations: Several, dynamic: bool = False) -> None:
+    def make() -> list[Tensor]:
+        ids = cuda_empty(M, TOPK, dtype=torch.int64)
+        return [
+            cuda_empty(M, K),
+            cuda_empty(E, K, I),
+            ids,
+            *(cuda_empty(E, columns(n), K) for n in activations),
+        ]
 
     torch._dynamo.reset()
     refusals.clear()
-    generator = torch.Generator().manual_seed(0)
-    x, w1, w2 = (torch.randn(s, generator=generator) / 8 for s in ((M, K), (E, 2 * I, K), (E, K, I)))
-    ids = torch.randint(E, (M, TOPK), generator=generator)
-    function = stages(activation)
     with torch.no_grad():
-        result = torch.compile(function, fullgraph=True)(x, w1, w2, ids)
-        torch.testing.assert_close(result, function(x, w1, w2, ids), rtol=1e-4, atol=1e-5)
-    assert refusals == []
+        generated = generated_kernels(
+            all_stages(activations),
+            make,
+            [(0, 0), (2, 0)] if dynamic else (),
+            joint_graph_constant_folding=False,
+        )
+    assert generated.triton_kernels == [] and refusals == []
+    assert generated.op_calls[0] == "sort_tokens"
+    assert sorted(generated.op_calls[1:]) == sorted(["gather_gemm", "scatter_gemm"] * len(activations))
+
+
+def assert_all_exact(activations: Several) -> None:
+    """On the CPU, whose ops evaluate the same programs, against the activations in float64."""
+    torch._dynamo.reset()
+    refusals.clear()
+    x, w2 = torch.randn(M, K), torch.randn(E, K, I) / 7
+    ids = torch.randint(E, (M, TOPK))
+    w1 = [torch.randn(E, columns(name), K) / 8 for name in activations]
+    with torch.no_grad():
+        results = torch.compile(all_stages(activations), fullgraph=True)(x, w2, ids, *w1)
+        assert refusals == []
+        slots, offsets = sort_tokens(ids, E)
+        for (name, activation), w, result in zip(activations.items(), w1, results, strict=True):
+            hidden = activation(gather_gemm(x, w, slots, offsets, TOPK).double()).to(x.dtype)
+            expected = scatter_gemm(hidden, w2, slots, offsets, M, TOPK)
+            torch.testing.assert_close(
+                result,
+                expected,
+                rtol=1e-4,
+                atol=1e-5 * expected.nan_to_num().abs().max().item(),
+                equal_nan=True,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_pointwise_functions(dynamic: bool) -> None:
+    assert_all_fused(pointwise.ALL, dynamic)
+
+
+def test_numerics_of_pointwise_functions() -> None:
+    assert_all_exact(pointwise.ALL)
+
+
+ACTIVATIONS = st.lists(
+    st.tuples(st.sampled_from(sorted(pointwise.SPLITS)), pointwise.EXPRESSIONS), min_size=5, max_size=10
+)
+
+
+def random_activations(drawn: list[tuple[str, Any]]) -> Several:
+    return {
+        f"{i}: {split}, {expression}": pointwise.activation_of(split, expression)
+        for i, (split, expression) in enumerate(drawn)
+    }
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(drawn=ACTIVATIONS)
+def test_random_expressions(drawn: list[tuple[str, Any]]) -> None:
+    assert_all_fused(random_activations(drawn))
+
+
+@hypothesis.settings(max_examples=5)
+@hypothesis.given(drawn=ACTIVATIONS)
+def test_numerics_of_random_expressions(drawn: list[tuple[str, Any]]) -> None:
+    assert_all_exact(random_activations(drawn))
 
 
 class OwnActivation(compile_moe.TritonExperts):
@@ -175,6 +215,37 @@ def test_overridden_activation_method_numerics() -> None:
     assert refusals == []
 
 
+class DoubledActivation(compile_moe.TritonExperts):
+    """Does something to what the published method computes."""
+
+    def activation(self, activation: Any, output: Tensor, input: Tensor) -> None:
+        super().activation(activation, output, input)
+        output.mul_(2)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    ["silu", "swigluoai", "relu2_no_mul", compile_moe.Activation("gelu", interleaved=True)],
+    ids=str,
+)
+def test_the_layers_own_activation(activation: Any) -> None:
+    kernel = compile_moe.FusedMoEModularKernel(compile_moe.MoEPrepareAndFinalizeNoEP(), DoubledActivation())
+    ungated = activation == "relu2_no_mul"
+
+    def function(x: Tensor, w1: Tensor, w2: Tensor, ids: Tensor) -> Tensor:
+        w1 = w1[:, :I] if ungated else w1
+        return kernel(x, w1, w2, ids.float(), ids, activation=activation)
+
+    generated = generate(function)
+    assert refusals == [] and len(generated.triton_kernels) == 1, generated.triton_kernels  # finalize
+    assert generated.op_calls == ["sort_tokens", "gather_gemm", "scatter_gemm"]
+    layer = make_layer(M=9, K=32, I=24, activation="relu2_no_mul" if ungated else "silu")
+    with torch.no_grad():
+        call = torch.compile(kernel, fullgraph=True)
+        result = call(*layer.args, activation=activation)
+        torch.testing.assert_close(result, kernel(*layer.args, activation=activation))
+
+
 def quantized(x: Tensor) -> Tensor:
     y = F.silu(x[:, :I]) * x[:, I:]
     return (y / y.abs().amax(-1, keepdim=True)).to(x.dtype)
@@ -182,12 +253,12 @@ def quantized(x: Tensor) -> Tensor:
 
 REFUSED: dict[str, tuple[Activation, str]] = {
     "softmax": (lambda x: x.softmax(-1)[:, :I], "not a pointwise operation"),
-    "shifted": (lambda x: x[:, 1 : I + 1] * x[:, I:], "uses columns 1:49:1 of 96"),
+    "shifted": (lambda x: x[:, 1 : I + 1] * x[:, I:], "combines elements 0 and 1 of gate and up"),
     "other tensor": (
         lambda x: x[:, :I] * torch.arange(I, device="cuda").to(x.dtype) * x[:, I:],
         "takes other tensors",
     ),
-    "power": (lambda x: x[:, :I] * x[:, I:].abs() ** 1.5, "raises to a power"),
+    "integers": (lambda x: x[:, :I].int() * x[:, I:], "casts to torch.int32"),
 }
 
 
@@ -216,3 +287,23 @@ def test_gate_and_up_used_elsewhere() -> None:
 
     assert len(generate(function).triton_kernels) == 1
     assert len(refusals) == 1
+
+
+def test_constant() -> None:
+    """No GEMM 1 is left that could compute it."""
+    generated = generate(stages(lambda x: torch.ones_like(x[:, :I])))
+    assert generated.op_calls == ["sort_tokens", "scatter_gemm"] and len(generated.triton_kernels) == 1
+    assert len(refusals) == 1 and "reads no gate and no up" in refusals[0], refusals
+
+
+@pytest.mark.parametrize("half", [0, 1], ids=["gate", "up"])
+def test_half_of_the_columns(half: int) -> None:
+    """Nothing is computed from it, but GEMM 1 need not store the other half."""
+    assert_fused(generate(stages(lambda x: x.chunk(2, -1)[half])))
+
+
+def test_region_ends_where_an_epilogue_does() -> None:
+    """What is behind the activation moves columns; the activation is fused nevertheless."""
+    generated = generate(stages(lambda x: (F.silu(x[:, :I]) * x[:, I:]).flip(-1)))
+    assert len(generated.triton_kernels) == 1 and "silu" not in generated.triton_kernels[0]
+    assert refusals == []

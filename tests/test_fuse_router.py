@@ -73,6 +73,17 @@ FOUND: dict[str, Router] = {
         w[1],
     ),
     "all-experts": lambda x: softmax_topk(x, k=E),
+    "in-sequences": lambda x: renormalized(x.view(3, -1, E)),
+    "in-sequences-and-flattened": lambda x: [t.view(-1, TOPK) for t in renormalized(x.view(3, -1, E))],
+    "topk-softmax-in-sequences": lambda x: (
+        (chosen := x.view(3, -1, E).topk(TOPK)).values.float().softmax(-1),
+        chosen.indices,
+    ),
+    "in-sequences-of-blocks": lambda x: softmax_topk(x.view(3, 1, -1, E).float()),
+    "gathered-in-sequences": lambda x: (
+        i := (p := x.view(3, -1, E).float().sigmoid()).topk(TOPK).indices,
+        p.gather(-1, i),
+    ),
 }
 
 
@@ -103,7 +114,8 @@ LEFT: dict[str, tuple[Router, str]] = {
     "float64": (lambda x: ((c := x.double().topk(TOPK)).values.float().softmax(-1), c.indices), "in float64"),
     "softmax-in-float64": (lambda x: x.double().softmax(-1).topk(TOPK), "is no softmax"),
     "weighted-probabilities": (lambda x: (x.float().softmax(-1) * x[:, :1]).topk(TOPK), "is no softmax"),
-    "three-dimensions": (lambda x: x.view(2, -1, E).float().softmax(-1).topk(TOPK), "3 dimensions"),
+    "softmax-over-a-sequence": (lambda x: x.view(2, -1, E).float().softmax(1).topk(TOPK), "is no softmax"),
+    "one-token": (lambda x: x[0].float().softmax(-1).topk(TOPK), "its input has 1 dimensions"),
     "sum-of-something-else": (
         lambda x: ((x - x.amax(-1, True)).exp() / x.exp().sum(-1, True)).topk(TOPK),
         "is no softmax",
@@ -144,8 +156,28 @@ def test_many_classes_stay() -> None:
 def test_cpu_stays() -> None:
     graph = traced(softmax_topk, torch.randn(3, E)).graph
     before = len(graph.nodes)
+    passes.refusals.clear()
     fuse_router(graph)
     assert len(graph.nodes) == before
+    assert len(passes.refusals) == 1
+    assert "it is on cpu; route_tokens saves kernels on cuda only" in passes.refusals[0]
+
+
+@pytest.mark.parametrize("dims", ["dynamic", "unbacked"])
+def test_sequences_of_a_block(dims: str) -> None:
+    """What the layer flattens behind its router is one op with the sort, for every batch and length."""
+
+    def block(x: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+        weights, ids = renormalized(F.linear(x, gate))
+        return weights, *sort_tokens(ids.view(-1, TOPK), E)
+
+    kernels = kernels_on_a_gpu(
+        block,
+        lambda: (cuda_empty(2, 17, 64), cuda_empty(E, 64)),
+        **{f"{dims}_dims": [(0, 0), (0, 1)]},
+    )
+    assert passes.refusals == [] and kernels.triton_kernels == []
+    assert kernels.extern_calls[0] == "extern_kernels.mm" and kernels.op_calls == ["route_and_sort_tokens"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -182,17 +214,34 @@ def test_our_routers_and_the_sort_are_one_op(name: str) -> None:
     assert (kernels.triton_kernels, kernels.op_calls) == ([], ["route_and_sort_tokens"])
 
 
-@pytest.mark.parametrize("case", ["other-number", "expert-map", "changed-ids"])
-def test_sorts_of_something_else_stay(case: str) -> None:
-    def route_and_sort(x: Tensor) -> tuple[Tensor, ...]:
-        _, ids = route_tokens(x, TOPK, "softmax")
-        if case == "other-number":
-            return sort_tokens(ids, E + 1)
-        if case == "expert-map":
-            return sort_tokens(ids, E, torch.arange(E, device=ids.device))
-        return sort_tokens(ids - 1, E)
+SORTS_THAT_STAY: dict[str, tuple[Callable[[Tensor], tuple[Tensor, Tensor]], str]] = {
+    "other-number": (
+        lambda ids: sort_tokens(ids, E + 1),
+        "it sorts by 17 experts, the router chooses from 16",
+    ),
+    "expert-map": (
+        lambda ids: sort_tokens(ids, E, torch.arange(E, device=ids.device)),
+        "an expert_map sends ids to local experts",
+    ),
+    "changed-ids": (lambda ids: sort_tokens(ids - 1, E), "its ids are not those chosen, but sub"),
+}
 
-    assert on_a_gpu(route_and_sort, 48, E).op_calls == ["route_tokens", "sort_tokens"]
+
+@pytest.mark.parametrize("case", SORTS_THAT_STAY)
+def test_sorts_of_something_else_stay(case: str) -> None:
+    sort, reason = SORTS_THAT_STAY[case]
+    kernels = on_a_gpu(lambda x: sort(route_tokens(x, TOPK, "softmax")[1]), 48, E)
+    assert kernels.op_calls == ["route_tokens", "sort_tokens"]
+    # The library's own passes run behind the test's.
+    (refusal,) = set(passes.refusals)
+    assert refusal.startswith(f"sort_tokens behind a router: {reason}")
+
+
+def test_a_sort_of_given_ids_is_no_refusal() -> None:
+    kernels = kernels_on_a_gpu(
+        lambda ids: sort_tokens(ids, E), lambda: (cuda_empty(48, TOPK, dtype=torch.int64),)
+    )
+    assert kernels.op_calls == ["sort_tokens"] and passes.refusals == []
 
 
 def assert_same_results(function: Router, logits: Tensor, ops: list[Any], *functions: Any) -> None:

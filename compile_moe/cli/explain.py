@@ -137,6 +137,8 @@ def _explain(
             torch._dynamo.mark_dynamic(hidden_states, 0)
         try:
             explanation = compile_moe.explain(layer, hidden_states)
+        except NotImplementedError as error:  # of another inductor
+            raise Refusal(one_line(error)) from error
         except Exception as error:  # whatever a model, an activation or the compiler raises
             raise Refusal(
                 f"this layer doesn't compile as one graph: {type(error).__name__}: {one_line(error)[:400]}"

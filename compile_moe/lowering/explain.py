@@ -8,21 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from compile_moe.lowering import fuse_epilogue, fuse_router
-from compile_moe.lowering.inductor_compat import ScheduledKernel, scheduled_kernels
-from compile_moe.ops.act_and_mul import act_and_mul
+from compile_moe.lowering import fuse_epilogue, fuse_router, graph_passes, inductor_compat
+from compile_moe.lowering.scheduled_kernels import ScheduledKernel, scheduled_kernels
+from compile_moe.lowering.separate_kernels import separate_from_finalize
 from compile_moe.ops.gather_gemm import gather_gemm
 from compile_moe.ops.registry import NAMESPACE
 from compile_moe.ops.route_and_sort_tokens import route_and_sort_tokens
 from compile_moe.ops.route_tokens import route_tokens
-from compile_moe.ops.weight_and_reduce import weight_and_reduce
 
-_REFUSALS = (fuse_router.refusals, fuse_epilogue.refusals)
-# What makes no work of its own in a generated kernel.
-_SILENT = {
-    *("_unsafe_view", "alias", "expand", "permute", "reshape", "squeeze", "transpose", "unsqueeze", "view"),
-    *("getitem", "select", "slice", "split", "split_with_sizes", "unbind", "clone", "full"),
-}
+_REFUSALS = tuple(module.refusals for module in (graph_passes, fuse_router, fuse_epilogue, inductor_compat))
 _ATEN = torch.ops.aten
 _PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default}
 _CHOICES = {_ATEN.topk.default, route_tokens, route_and_sort_tokens}
@@ -68,20 +62,21 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     torch._dynamo.reset()
     with torch.no_grad(), scheduled_kernels() as scheduled:
         torch.compile(function, fullgraph=True)(*args, **kwargs)
-    refused = dict.fromkeys(refusal for refusals in _REFUSALS for refusal in refusals)
-    return Explanation(tuple(map(_kernel, scheduled)), tuple(refused))
+    refused = [refusal for refusals in _REFUSALS for refusal in refusals]
+    reasons = dict.fromkeys(
+        (*inductor_compat.missing_for_fusion(), *refused, *separate_from_finalize(scheduled))
+    )
+    return Explanation(tuple(map(_kernel, scheduled)), tuple(reasons))
 
 
 def _kernel(scheduled: ScheduledKernel) -> Kernel:
-    nodes = sorted(scheduled.origins, key=_position)
     if scheduled.generated:
-        names = dict.fromkeys(_name(node) for node in nodes if _is_lowered(node))
-        return Kernel("generated", "", tuple(name for name in names if name not in _SILENT))
+        return Kernel("generated", "", scheduled.operations)
     name = scheduled.name.removesuffix(".out")
     kind = "op" if name.startswith(f"{NAMESPACE}.") else "call"
-    own = [node for node in nodes if name in (_name(node), f"aten.{_name(node)}")]
-    epilogue = next((_epilogue(node) for node in own if node.target is gather_gemm), "")
-    return Kernel(kind, name, tuple(dict.fromkeys(map(_name, own))), epilogue, any(map(_is_router_gemm, own)))
+    epilogue = next((_epilogue(node) for node in scheduled.own if node.target is gather_gemm), "")
+    is_router_gemm = any(map(_is_router_gemm, scheduled.own))
+    return Kernel(kind, name, scheduled.operations, epilogue, is_router_gemm)
 
 
 def _is_router_gemm(node: fx.Node) -> bool:
@@ -98,23 +93,5 @@ def _is_router_gemm(node: fx.Node) -> bool:
     return False
 
 
-def _is_lowered(node: fx.Node) -> bool:
-    """Whether a generated kernel can compute ``node``: what a call asks of its arguments makes it their origin, too."""
-    namespace = getattr(node.target, "namespace", "aten")
-    return namespace in ("aten", "prims") or node.target in (act_and_mul, weight_and_reduce)
-
-
 def _epilogue(gemm: fx.Node) -> str:
     return str(gemm.kwargs.get("epilogue") or (gemm.args[6] if len(gemm.args) > 6 else ""))
-
-
-def _position(node: fx.Node) -> int:
-    return next((i for i, other in enumerate(node.graph.nodes) if other is node), -1)
-
-
-def _name(node: fx.Node) -> str:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        namespace, _, name = target._schema.name.partition("::")
-        return name if namespace in ("aten", "prims") else f"{namespace}.{name}"
-    return getattr(target, "__name__", str(target))

@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import fx
 
+from compile_moe.lowering.refusals import Refusals
 from compile_moe.ops.aten_vocabulary import (
     described,
     is_constant,
-    is_slice,
     is_translatable,
     tensor_inputs,
 )
+from compile_moe.ops.epilogue import Program
 from compile_moe.ops.gather_gemm import gather_gemm
-from compile_moe.ops.graph_to_epilogue import GraphToEpilogue, NotPointwise
+from compile_moe.ops.graph_to_epilogue import NotPointwise, program_of, sources_of
 from compile_moe.ops.scatter_gemm import scatter_gemm
 
 #: Why the pass left a GEMM alone, newest last; for those who want to explain a graph.
-refusals: list[str] = []
-_MOST_REFUSALS = 100
+refusals = Refusals()
 
 _ARGUMENTS = (
     "hidden_states",
@@ -48,34 +48,80 @@ def fuse_epilogue(graph: fx.Graph) -> None:
         try:
             _fuse(graph, gemm, arguments)
         except NotPointwise as refusal:
-            refusals.append(f"activation behind {gemm.name}: {refusal}")
-            del refusals[:-_MOST_REFUSALS]
+            refusals.refuse(f"activation behind {gemm.name}: {refusal}")
+    for gemm in graph.find_nodes(op="call_function", target=scatter_gemm):
+        activated: Any = gemm.args[0]
+        if is_constant(activated):
+            refusals.refuse(
+                f"activation in front of {gemm.name}: {described(activated)} reads no gate and no up"
+            )
 
 
 def _fuse(graph: fx.Graph, gemm: fx.Node, arguments: dict[str, Any]) -> None:
     num_columns = gemm.meta["val"].shape[1]
     if not isinstance(num_columns, int):
         raise NotPointwise(f"w1 has a dynamic number of columns, {num_columns}")
-    end, region = _region(gemm)
+    end, program = _largest_region(gemm)
     read_by_scatter_only = all(user.target is scatter_gemm and user.args[0] is end for user in end.users)
     if arguments.get("zero_skipped", False) and not read_by_scatter_only:
         # Rows of skipped slots would hold zeros instead of the activation of zeros.
         raise NotPointwise(f"{described(end)} has users that may read the rows of skipped slots")
-    program = GraphToEpilogue(num_columns, gemm.meta["val"].shape[0]).program(_subgraph(gemm, region, end))
+    region = _in_order(graph, {*sources_of(end, gemm), end})
     # Where the GEMM stood: sizes are read off it before the region ends.
     with graph.inserting_before(gemm):
         fused = graph.call_function(gather_gemm, kwargs={**arguments, "epilogue": program.text()})
     fused.meta.update(end.meta)
     end.replace_all_uses_with(fused)
-    for user in filter(_reads_rows, tuple(gemm.users)):
-        user.replace_input_with(gemm, fused)
+    if not end.meta["val"].is_contiguous():
+        _make_contiguous(fused)
+    for node in (gemm, *region):
+        for user in filter(_reads_rows, tuple(node.users)):
+            user.replace_input_with(node, fused)
     for node in (*reversed(region), gemm):
         if not node.users:
             graph.erase_node(node)
 
 
-def _region(gemm: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """The last value of the GEMM's dtype behind which nothing of the region is used; all nodes up to it, in order."""
+def _make_contiguous(fused: fx.Node) -> None:
+    """Let nobody copy the rows to have the strides of the view in whose place they are."""
+    rows = fused.meta["val"].new_empty(fused.meta["val"].shape)
+    fused.meta["val"] = rows
+    for user in fused.users:
+        if user.target is scatter_gemm and "eager_input_vals" in user.meta:
+            (_, *others), named = user.meta["eager_input_vals"]
+            user.meta["eager_input_vals"] = (rows, *others), named
+
+
+def _largest_region(gemm: fx.Node) -> tuple[fx.Node, Program]:
+    """The last value of the GEMM's dtype that an epilogue can compute, behind which nothing else that it needs is
+    used; and its program.
+    """
+    reached, constants, stopped = _reached(gemm)
+    refused = ""
+    for end in reversed(reached):
+        if getattr(end.meta["val"], "dtype", None) is not gemm.meta["val"].dtype:
+            continue
+        before_end = sources_of(end, gemm)
+        inside = {*before_end, end}
+        users = {user for source in (gemm, *(before_end - constants)) for user in source.users}
+        if not all(user in inside or _reads_rows(user) for user in users):
+            continue
+        is_view = not end.meta["val"].is_contiguous()
+        if is_view and any(user.target is not scatter_gemm for user in end.users):
+            # Who else reads a view may look at its strides, or behind it.
+            continue
+        try:
+            program = program_of(gemm, end)
+        except NotPointwise as refusal:
+            refused = refused or str(refusal)
+            continue
+        if program.gated or program.steps:
+            return end, program
+    raise NotPointwise(refused or stopped or "nothing follows it")
+
+
+def _reached(gemm: fx.Node) -> tuple[list[fx.Node], set[fx.Node], str]:
+    """What is computed from the GEMM and constants, in order; these constants; and the first node that is not."""
     reached: dict[fx.Node, None] = {gemm: None}
     constants: set[fx.Node] = set()
     stopped = ""
@@ -91,47 +137,15 @@ def _region(gemm: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
                 reached[node] = None
             elif not stopped:
                 stopped = f"{described(node)} is not a pointwise operation an epilogue can hold"
-        elif any(source in reached for source in sources) and not stopped:
+        elif any(source in reached for source in sources) and node.target is not scatter_gemm and not stopped:
             stopped = f"{described(node)} takes other tensors"
-    for end in reversed(reached):
-        if end is gemm:
-            break
-        if is_slice(end) or end.meta["val"].dtype is not gemm.meta["val"].dtype:
-            continue
-        before_end = _ancestors(end, gemm)
-        inside = {*before_end, end}
-        users = {user for source in (gemm, *(before_end - constants)) for user in source.users}
-        if all(user in inside or _reads_rows(user) for user in users):
-            return end, [node for node in gemm.graph.nodes if node in inside]
-    raise NotPointwise(stopped or "nothing follows it")
+    return list(reached)[1:], constants, stopped
 
 
 def _reads_rows(node: fx.Node) -> bool:
-    """Whether ``node`` is a number of rows, which an epilogue leaves as it is."""
+    """Whether ``node`` is a number of rows, which an epilogue leaves as it is; of columns there is a static one."""
     return bool(node.target is torch.ops.aten.sym_size.int and node.args[1] == 0)
 
 
-def _ancestors(end: fx.Node, gemm: fx.Node) -> set[fx.Node]:
-    """What ``end`` is computed from, up to the GEMM."""
-    found: set[fx.Node] = set()
-    pending = [end]
-    while pending:
-        for source in tensor_inputs(pending.pop()):
-            if source is not gemm and source not in found:
-                found.add(source)
-                pending.append(source)
-    return found
-
-
-def _subgraph(gemm: fx.Node, region: list[fx.Node], end: fx.Node) -> fx.Graph:
-    """The region as a function of GEMM 1's result."""
-    subgraph = fx.Graph()
-    placeholder = subgraph.placeholder("gate_up")
-    placeholder.meta = dict(gemm.meta)
-    copies = {gemm: placeholder}
-    for node in region:
-        # Not there: the size of a constant, which doesn't matter.
-        copies[node] = subgraph.node_copy(node, lambda source: copies.get(source, 0))
-        copies[node].meta = dict(node.meta)
-    subgraph.output(copies[end])
-    return subgraph
+def _in_order(graph: fx.Graph, nodes: set[fx.Node]) -> list[fx.Node]:
+    return [node for node in graph.nodes if node in nodes]

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from compile_moe.lowering.expert_groups import Groups, groups_behind
+from compile_moe.lowering.flat_rows import as_rows, in_place_of
 from compile_moe.lowering.graph_edits import (
     ATEN,
     as_dtype,
@@ -24,6 +25,7 @@ from compile_moe.lowering.graph_edits import (
     operands,
     value_of,
 )
+from compile_moe.lowering.refusals import Refusals
 from compile_moe.lowering.router_parts import (
     NotARouter,
     Scores,
@@ -39,9 +41,10 @@ from compile_moe.ops.route_and_sort_tokens import route_and_sort_tokens
 from compile_moe.ops.route_tokens import MAX_EXPERTS, route_tokens
 from compile_moe.ops.sort_tokens import sort_tokens
 
-#: Why a topk was left alone, newest last; for those who want to explain a graph.
-refusals: list[str] = []
-_MOST_REFUSALS = 100
+#: Why a topk or a sort was left alone, newest last; for those who want to explain a graph.
+refusals = Refusals()
+# Cast, largest, sub, exp, sum, div: what belongs to a router is near, or there is none.
+_NEAR = 32
 
 
 class _Choice(NamedTuple):
@@ -58,11 +61,13 @@ class _Choice(NamedTuple):
 
 
 class _Router(NamedTuple):
-    """arguments, options: of ``route_tokens``. weights: what becomes its weights; None where nobody reads them.
+    """logits (..., E), arguments, options: of ``route_tokens``.
 
+    weights: what becomes its weights; None where nobody reads them.
     nodes: what it consists of, but for topk and its results, in order.
     """
 
+    logits: fx.Node
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     weights: fx.Node | None
@@ -79,27 +84,31 @@ def fuse_router(graph: fx.Graph, device_type: str = "cuda") -> None:
     replaced: set[fx.Node] = set()
     # Groups are chosen by topk, too: they go with the choice of experts behind them.
     for topk in reversed(graph.find_nodes(op="call_function", target=ATEN.topk.default)):
-        chosen_from: Any = topk.args[0]
-        if topk in replaced or value_of(chosen_from).device.type != device_type:
+        if topk in replaced:
             continue
         try:
             number = _number_of_experts(topk)
             values, ids = item(graph, topk, 0), item(graph, topk, 1)
             router = _scores_then_topk(topk, number, values, ids) or _topk_then_softmax(topk, number, values)
+            nodes = {*router.nodes, topk, *(result for result in (values, ids) if result is not None)}
+            replaced |= nodes
+            device = value_of(router.logits).device.type
+            if device != device_type:
+                raise NotARouter(f"it is on {device}; route_tokens saves kernels on {device_type} only")
         except NotARouter as refusal:
             found.append(f"router at {described(topk)}: {refusal}")
             continue
         with graph.inserting_before(topk):
-            routing = call(graph, route_tokens, router.arguments, router.options, topk)
+            logits = as_rows(graph, router.logits)
+            routing = call(graph, route_tokens, (logits, *router.arguments), router.options, topk)
             if router.weights is not None:
                 weights = as_dtype(graph, new_item(graph, routing, 0), value_of(router.weights).dtype)
-                router.weights.replace_all_uses_with(weights)
+                in_place_of(graph, weights, router.weights, router.logits)
             if ids is not None:
-                ids.replace_all_uses_with(new_item(graph, routing, 1))
-        replaced |= {*router.nodes, topk, *(result for result in (values, ids) if result is not None)}
-        erase_unused(graph, replaced)
-    refusals.extend(reversed(found))
-    del refusals[:-_MOST_REFUSALS]
+                in_place_of(graph, new_item(graph, routing, 1), ids, router.logits)
+        erase_unused(graph, {*nodes, router.logits})
+    for reason in reversed(found):
+        refusals.refuse(reason)
 
 
 def fuse_router_and_sort(graph: fx.Graph) -> None:
@@ -109,12 +118,11 @@ def fuse_router_and_sort(graph: fx.Graph) -> None:
             dict(zip(("topk_ids", "num_experts", "expert_map"), sort.args, strict=False)) | sort.kwargs
         )
         ids = before_cast(arguments["topk_ids"])
-        routing = ids.args[0] if ids.target is operator.getitem and ids.args[1] == 1 else None
-        if not isinstance(routing, fx.Node) or routing.target is not route_tokens:
-            continue
-        logits: Any = routing.args[0] if routing.args else routing.kwargs["router_logits"]
-        num_experts = logits.meta["val"].size(1)
-        if arguments.get("expert_map") is not None or arguments["num_experts"] != num_experts:
+        routing = _routing_of(ids)
+        refusal = _no_merge(ids, routing, arguments)
+        if refusal:
+            refusals.refuse(f"{sort.name} behind a router: {refusal}")
+        if refusal or routing is None:
             continue
         with graph.inserting_before(routing):
             merged = call(graph, route_and_sort_tokens, routing.args, routing.kwargs, routing)
@@ -128,13 +136,39 @@ def fuse_router_and_sort(graph: fx.Graph) -> None:
         erase_unused(graph, {arguments["topk_ids"], *items} & set(graph.nodes))
 
 
+def _routing_of(ids: fx.Node) -> fx.Node | None:
+    """The ``route_tokens`` whose ids these are."""
+    routing = ids.args[0] if ids.target is operator.getitem and ids.args[1] == 1 else None
+    return routing if isinstance(routing, fx.Node) and routing.target is route_tokens else None
+
+
+def _no_merge(ids: fx.Node, routing: fx.Node | None, arguments: dict[str, Any]) -> str:
+    """Why a sort of ``ids`` can't be merged with a router before it; "" if it can, or there is no router."""
+    if routing is None:
+        sources = [ids]
+        for source in sources:
+            if _routing_of(source) is not None:
+                return f"its ids are not those chosen, but {described(ids)}"
+            sources += [argument for argument in source.all_input_nodes if argument not in sources]
+            if len(sources) > _NEAR:
+                break
+        return ""
+    logits: Any = routing.args[0] if routing.args else routing.kwargs["router_logits"]
+    num_experts = logits.meta["val"].size(1)
+    if arguments.get("expert_map") is not None:
+        return "an expert_map sends ids to local experts, which the router doesn't know of"
+    if arguments["num_experts"] != num_experts:
+        return f"it sorts by {arguments['num_experts']} experts, the router chooses from {num_experts}"
+    return ""
+
+
 def _number_of_experts(topk: fx.Node) -> int:
     """How many experts a token chooses, if this is a choice of experts."""
     source, number = topk_of(topk)
     value = value_of(source)
-    if value.dim() != 2:
+    if value.dim() < 2:
         raise NotARouter(f"its input has {value.dim()} dimensions, not (M, E)")
-    num_experts = value.size(1)
+    num_experts = value.size(-1)
     if not isinstance(num_experts, int):
         raise NotARouter(f"the number of experts, {num_experts}, is dynamic")
     if num_experts > MAX_EXPERTS:
@@ -165,7 +199,8 @@ def _scores_then_topk(
         if groups.excluded_score is not None:
             options["excluded_score"] = groups.excluded_score
     return _Router(
-        (scores.source, number, scores.scoring),
+        scores.source,
+        (number, scores.scoring),
         options,
         None if weights is None else weights.result,
         (scores.argument, *shared, *private, *behind),
@@ -197,7 +232,7 @@ def _choice_of(chosen_from: Any) -> _Choice | None:
 
 def _bias_of(added: Any, scores: Scores) -> list[fx.Node]:
     """The bias (E,), and what casts and unsqueezes it to ``added``."""
-    num_experts = value_of(scores.argument).size(1)
+    num_experts = value_of(scores.argument).size(-1)
     nodes = [added] if isinstance(added, fx.Node) else []
     while nodes:
         node: Any = nodes[0]
@@ -219,7 +254,7 @@ def _chosen_scores(choice: _Choice, values: fx.Node | None, ids: fx.Node | None)
     gathers = []
     for user in () if ids is None else ids.users:
         source, dim = operands(user, ATEN.gather.default)
-        if source in choice.scores.results and dim in (1, -1) and user.args[2] is ids:
+        if source in choice.scores.results and dim in (value_of(user).dim() - 1, -1) and user.args[2] is ids:
             gathers.append(user)
     if values is None:
         return gathers[0] if gathers else None
@@ -231,7 +266,7 @@ def _chosen_scores(choice: _Choice, values: fx.Node | None, ids: fx.Node | None)
 def _check_groups(scores: Scores, groups: Groups, number: int) -> None:
     if scores.scoring != "sigmoid":
         raise NotARouter(f"it limits {scores.scoring} scores to groups, route_tokens only sigmoids")
-    num_experts = value_of(scores.argument).size(1)
+    num_experts = value_of(scores.argument).size(-1)
     if number > groups.topk_group * (num_experts // groups.num_expert_group):
         raise NotARouter(f"it chooses {number} experts, more than there are in the chosen groups")
 
@@ -258,18 +293,17 @@ def _topk_then_softmax(topk: fx.Node, number: int, values: fx.Node | None) -> _R
     if value_of(logits).dtype is torch.float64:
         raise NotARouter("it chooses in float64, route_tokens in float32")
     # To fewer digits, a cast would be part of the choice.
-    arguments = before_float32(logits), number, "topk_softmax"
-    return _Router(arguments, {"renormalize": False}, weights, (logits, *nodes))
+    arguments = number, "topk_softmax"
+    return _Router(before_float32(logits), arguments, {"renormalize": False}, weights, (logits, *nodes))
 
 
 def _softmax_behind(values: fx.Node | None) -> Scores | None:
     """The softmax of ``values``, among what is computed of them."""
     reached = [] if values is None else [values]
-    # Cast, largest, sub, exp, sum, div: it is near, or there is none.
     for node in reached:
         softmax = softmax_of(node)
         if softmax is not None and values in (softmax.argument, softmax.source):
             return softmax
-        if len(reached) < 32:
+        if len(reached) < _NEAR:
             reached += [user for user in node.users if user not in reached]
     return None

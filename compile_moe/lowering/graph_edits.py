@@ -11,9 +11,18 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 ATEN = torch.ops.aten
 CAST = torch.ops.prims.convert_element_type.default
-_VIEWS = (ATEN.view.default, ATEN.reshape.default, ATEN._unsafe_view.default, ATEN.unsqueeze.default)
+VIEWS = (ATEN.view.default, ATEN.reshape.default, ATEN._unsafe_view.default, ATEN.unsqueeze.default)
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _INTS = (torch.int32, torch.int64)
+
+
+def name_of(node: fx.Node) -> str:
+    """What ``node`` calls, without aten's and prims' namespaces."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        namespace, _, name = target._schema.name.partition("::")
+        return name if namespace in ("aten", "prims") else f"{namespace}.{name}"
+    return getattr(target, "__name__", str(target))
 
 
 def value_of(node: fx.Node) -> Tensor:
@@ -59,7 +68,7 @@ def before_float32(node: fx.Node) -> fx.Node:
 
 def before_view(node: Any) -> fx.Node | None:
     """What ``node`` shows in other dimensions, each row (the first dimension) by itself; None if it is no such view."""
-    if not isinstance(node, fx.Node) or node.target not in _VIEWS:
+    if not isinstance(node, fx.Node) or node.target not in VIEWS:
         return None
     source = node.args[0]
     assert isinstance(source, fx.Node), "a view is of a tensor"

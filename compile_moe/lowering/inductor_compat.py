@@ -1,38 +1,134 @@
 """The only importer of torch._inductor, whose whole interface is private.
 
-Lowerings are written against the names of this file. If inductor lacks one of them, registration says so once and the
-ops stay opaque in the graph: correct, but nothing fuses with them.
+Lowerings, passes and explain are written against the names of this file. What they take of inductor is probed once,
+when the first of them is registered. What inductor lacks is not used: without lowerings the ops stay opaque in the
+graph, without the slot for passes graphs stay as they are, and explain says that it can't. Whatever happens, results
+are right; that something isn't fused is said once.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import inspect
+import operator
 import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
-from unittest import mock
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
 
+import sympy
 import torch
 
-try:
-    from torch._inductor import config, custom_graph_pass
-    from torch._inductor.custom_graph_pass import CustomGraphPass
-    from torch._inductor.graph import GraphLowering
-    from torch._inductor.ir import Pointwise, TensorBox
-    from torch._inductor.lowering import register_lowering
-    from torch._inductor.virtualized import V, ops
+from compile_moe.lowering.fusion_warning import warn_once
+from compile_moe.lowering.refusals import Refusals
 
-    missing: str | None = None
-except ImportError as error:  # pragma: no cover - depends on the torch version
-    missing = str(error)
-    CustomGraphPass: Any = object  # type: ignore[no-redef]
-    GraphLowering = Pointwise = TensorBox = V = ops = register_lowering = None  # type: ignore[assignment,misc]
 
-_MISSING = (
-    "compile_moe: torch {torch} has another inductor than this version knows ({missing}); its ops stay opaque and "
-    "nothing is fused with them"
-)
+def _module(name: str) -> Any:
+    """A module of torch._inductor; one without any names if it can't be imported."""
+    try:
+        return importlib.import_module(f"torch._inductor.{name}")
+    except ImportError:
+        return SimpleNamespace()
+
+
+config, custom_graph_pass, graph, ir = map(_module, ("config", "custom_graph_pass", "graph", "ir"))
+inductor_lowering, scheduler, sizevars = map(_module, ("lowering", "scheduler", "sizevars"))
+virtualized = _module("virtualized")
+CustomGraphPass: Any = getattr(custom_graph_pass, "CustomGraphPass", object)
+#: Inductor's own pointwise operations, for the elements of ``pointwise``.
+ops: Any = getattr(virtualized, "ops", None)
+
+#: What lowerings left opaque, newest last; for those who want to explain a graph.
+refusals = Refusals()
+
+_INTEGERS = ("guard_int", "evaluate_static_shape")
+
+
+def _trial() -> None:
+    """What ``pointwise`` does, on a constant."""
+    like = SimpleNamespace(get_device=lambda: torch.device("cpu"))
+    pointwise(like, torch.float32, [sympy.Integer(2)], lambda _: ops.constant(0.0, torch.float32))
+
+
+def _attributes(*paths: str) -> dict[str, Callable[[], Any]]:
+    """Probes for names in this file's modules."""
+
+    def probe(path: str) -> Any:
+        module, _, name = path.partition(".")
+        return operator.attrgetter(name)(globals()[module])
+
+    return {path: functools.partial(probe, path) for path in paths}
+
+
+_PROBES: Mapping[str, Mapping[str, Callable[[], Any]]] = {
+    "lowerings": {
+        "lowering.register_lowering(op, type_promotion_kind=None)": lambda: inspect.signature(
+            inductor_lowering.register_lowering
+        ).bind(None, type_promotion_kind=None),
+        "lowering.fallback_handler(op, add_to_fallback_set=False)": lambda: inspect.signature(
+            inductor_lowering.fallback_handler
+        ).bind(None, add_to_fallback_set=False),
+        "ir.Pointwise.create(device, dtype, inner_fn, ranges)": _trial,
+        f"sizevars.SizeVarAllocator.{' or .'.join(_INTEGERS)}": lambda: _size_function(
+            sizevars.SizeVarAllocator
+        ),
+        **_attributes("virtualized.V"),
+    },
+    "passes": _attributes("config.post_grad_custom_pre_pass", "custom_graph_pass.CustomGraphPass"),
+    "explain": {
+        "torch._functorch.config.enable_autograd_cache": lambda: (
+            torch._functorch.config.enable_autograd_cache
+        ),
+        **_attributes(
+            *("config.patch", "config._post_fusion_custom_pass", "config.compile_threads"),
+            *("config.fx_graph_cache", "config.shape_padding", "graph.GraphLowering.compile_to_module"),
+            *("graph.GraphLowering.codegen", "graph.GraphLowering.codegen_with_cpp_wrapper"),
+            *("scheduler.BaseSchedulerNode.get_nodes", "scheduler.BaseSchedulerNode.is_extern"),
+            *("scheduler.NopKernelSchedulerNode", "ir.Operation.get_origins", "ir.MultiOutput"),
+        ),
+    },
+}
+_WITHOUT = {
+    "lowerings": "its ops stay opaque, and nothing is fused with them",
+    "passes": "routers and activations that a model wrote itself stay as they are",
+    "explain": "compile_moe.explain can't say what it does",
+}
+
+
+@functools.cache
+def missing(what: str) -> str | None:
+    """Why ``what`` ("lowerings", "passes" or "explain") can't be had from this torch; None if it can."""
+    lacking = [name for name, probe in _PROBES[what].items() if not _succeeds(probe)]
+    if not lacking:
+        return None
+    return unknown_inductor(what, f"without {', '.join(lacking)}")
+
+
+def unknown_inductor(what: str, difference: str) -> str:
+    return f"torch {torch.__version__} has another inductor than this version knows, {difference}; {_WITHOUT[what]}"
+
+
+def _succeeds(probe: Callable[[], Any]) -> bool:
+    try:
+        probe()
+    except Exception:  # whatever a changed interface does
+        return False
+    return True
+
+
+def missing_for_fusion() -> tuple[str, ...]:
+    """Why ops stay opaque and graphs as they are, where they do."""
+    return tuple(filter(None, (missing("lowerings"), missing("passes"))))
+
+
+def _size_function(allocator: Any) -> Callable[[Any], Any]:
+    function: Callable[[Any], Any] = getattr(allocator, _INTEGERS[0], None) or getattr(
+        allocator, _INTEGERS[1]
+    )
+    return function
+
+
 _registered: set[torch._ops.OpOverload] = set()
 _lock = threading.RLock()
 
@@ -42,11 +138,29 @@ def lower(op: torch._ops.OpOverload, lowering: Callable[..., Any]) -> None:
     with _lock:
         if op in _registered:
             return
-        if missing is None:
-            register_lowering(op, type_promotion_kind=None)(lowering)
-        elif not _registered:
-            warnings.warn(_MISSING.format(torch=torch.__version__, missing=missing), stacklevel=2)
+        if missing("lowerings") is None:
+            register = inductor_lowering.register_lowering(op, type_promotion_kind=None)
+            register(_or_opaque(op, lowering))
         _registered.add(op)
+
+
+def _or_opaque(op: torch._ops.OpOverload, lowering: Callable[..., Any]) -> Callable[..., Any]:
+    """``lowering``; where it raises, a call of the op, as if there were none."""
+    call = inductor_lowering.fallback_handler(op, add_to_fallback_set=False)
+
+    @functools.wraps(lowering)
+    def lowered(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return lowering(*args, **kwargs)
+        except Exception as error:  # of ours, or of a changed inductor
+            reason = f"the lowering of {op} raised {type(error).__name__}: {error}"
+            refusals.refuse(reason)
+            warn_once(
+                f"lowering {op}", f"{reason}; calls of the op stay opaque, and nothing is fused with them"
+            )
+            return call(*args, **kwargs)
+
+    return lowered
 
 
 GraphFunction = Callable[[torch.fx.Graph], None]
@@ -77,7 +191,7 @@ def install_passes(functions: Sequence[GraphFunction], identity: str) -> None:
         functions: rewrite a graph in place.
         identity: part of the key of inductor's caches for everything compiled from now on.
     """
-    if missing is not None:
+    if missing("passes") is not None:
         return
     slot: Any = config.post_grad_custom_pre_pass
     others = tuple(slot) if isinstance(slot, (list, tuple)) else () if slot is None else (slot,)
@@ -94,91 +208,30 @@ def pointwise(
     like: Any, dtype: torch.dtype, sizes: Sequence[Any], element: Callable[[Sequence[Any]], Any]
 ) -> Any:
     """Tensor of ``sizes`` on the device of ``like`` whose element at an index is ``element(index)``."""
-    return Pointwise.create(device=like.get_device(), dtype=dtype, inner_fn=element, ranges=list(sizes))
+    box = ir.Pointwise.create(device=like.get_device(), dtype=dtype, inner_fn=element, ranges=list(sizes))
+    # Inductor evaluates elements when it is too late to do without them, so here is a first time.
+    box.data.data.inner_fn_opcount()
+    return box
 
 
 def static_int(size: Any) -> int:
     """The value of a size that must be static."""
-    sizevars: Any = V.graph.sizevars
-    guard = getattr(sizevars, "guard_int", None) or sizevars.evaluate_static_shape
-    return int(guard(size))
-
-
-class ScheduledKernel(NamedTuple):
-    """What inductor decided to run as one: a kernel that it generates, or one call of an op or a library."""
-
-    generated: bool
-    name: str  # of the op or library function; "" where generated
-    origins: tuple[torch.fx.Node, ...]  # operations of the graph that are computed in it, in no order
-
-
-class _Scheduled(Exception):
-    """Stops the compilation: the kernels are known."""
-
-
-@contextmanager
-def scheduled_kernels() -> Iterator[list[ScheduledKernel]]:
-    """The kernels of the graph that the body compiles, in the order of their execution.
-
-    The body ends where inductor would load the generated code, and nothing runs: tensors may be fake.
-
-    Raises:
-        NotImplementedError: this torch has another inductor than this version knows.
-    """
-    if missing is not None:
-        raise NotImplementedError(_MISSING.format(torch=torch.__version__, missing=missing))
-    kernels: list[ScheduledKernel] = []
-    finished = False
-
-    def collect(nodes: list[Any]) -> list[Any]:
-        kernels.extend(filter(None, map(_scheduled_kernel, nodes)))
-        return nodes
-
-    def stop(graph: Any) -> None:
-        nonlocal finished
-        graph.codegen_with_cpp_wrapper() if graph.cpp_wrapper else graph.codegen()
-        finished = True
-        raise _Scheduled
-
-    patches: dict[str, Any] = {
-        "_post_fusion_custom_pass": collect,
-        "compile_threads": 1,
-        "fx_graph_cache": False,
-        "shape_padding": False,  # padding is chosen by benchmarks, which fake tensors can't run
-    }
-    with (
-        config.patch(patches),
-        torch._functorch.config.patch({"enable_autograd_cache": False}),
-        mock.patch.object(GraphLowering, "compile_to_module", stop),
-    ):
-        try:
-            yield kernels
-        except Exception:
-            # Dynamo wraps the exception that stops it.
-            if not finished:
-                raise
-
-
-def _scheduled_kernel(node: Any) -> ScheduledKernel | None:
-    origins = {origin for part in node.get_nodes() if part.node for origin in part.node.get_origins()}
-    if not node.is_extern():
-        is_nothing = type(node).__name__ == "NopKernelSchedulerNode"
-        return None if is_nothing else ScheduledKernel(True, "", tuple(origins))
-    if type(node.node).__name__ == "MultiOutput":  # one result of a call
-        return None
-    overload = getattr(node.node, "op_overload", None)
-    name = str(overload or node.node.python_kernel_name or type(node.node).__name__)
-    return ScheduledKernel(False, name.removesuffix(".default"), tuple(origins))
+    return int(_size_function(virtualized.V.graph.sizevars)(size))
 
 
 __all__ = [
-    "ScheduledKernel",
-    "TensorBox",
+    "GraphFunction",
+    "config",
+    "graph",
     "install_passes",
+    "ir",
     "lower",
     "missing",
+    "missing_for_fusion",
     "ops",
     "pointwise",
-    "scheduled_kernels",
+    "refusals",
+    "scheduler",
     "static_int",
+    "unknown_inductor",
 ]

@@ -19,7 +19,7 @@ class NotARouter(Exception):
 
 
 class Scores(NamedTuple):
-    """What a softmax over the last dimension of two, or a sigmoid, makes of ``argument``.
+    """What a softmax over the last dimension, or a sigmoid, makes of ``argument``.
 
     nodes: what it consists of, in order, the result last; after it, its casts.
     """
@@ -81,11 +81,11 @@ def scores_behind(node: Any) -> Scores | None:
 def softmax_of(result: fx.Node) -> Scores | None:
     """The softmax in float32 that ends in ``result``, if one does."""
     value = result.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.dtype is not torch.float32 or value.dim() != 2:
+    if not isinstance(value, torch.Tensor) or value.dtype is not torch.float32 or value.dim() < 2:
         return None
     if result.target is ATEN._softmax.default:
         argument: Any = result.args[0]
-        return Scores("softmax", argument, (result,)) if result.args[1] in (-1, 1) else None
+        return Scores("softmax", argument, (result,)) if result.args[1] in (-1, value.dim() - 1) else None
     exp, total = operands(result, ATEN.div.Tensor)
     shifted, _ = operands(exp, ATEN.exp.default)
     argument, largest = operands(shifted, ATEN.sub.Tensor)
@@ -96,7 +96,7 @@ def softmax_of(result: fx.Node) -> Scores | None:
 
 def _sigmoid_of(result: fx.Node) -> Scores | None:
     argument, _ = operands(result, ATEN.sigmoid.default)
-    if argument is None or value_of(result).dim() != 2:
+    if argument is None or value_of(result).dim() < 2:
         return None
     if value_of(result).dtype is torch.float64:
         raise NotARouter("it chooses in float64, route_tokens in float32")

@@ -25,6 +25,7 @@ def _lowering(
     apply_weights: bool = True,
 ) -> Any:
     m, topk, k = fused_out.get_size()
+    slots_of_token = range(static_int(topk))
     dtype = fused_out.get_dtype()
     compute_dtype = torch.float64 if dtype is torch.float64 else torch.float32
     load_out, load_weight = fused_out.make_loader(), topk_weights.make_loader()
@@ -49,7 +50,7 @@ def _lowering(
     def element(index: Sequence[Any]) -> Any:
         token, column = index
         total = None
-        for j in map(sympy.Integer, range(static_int(topk))):
+        for j in map(sympy.Integer, slots_of_token):
             term = ops.to_dtype(load_out([token, j, column]), compute_dtype)
             if apply_weights:
                 term = ops.mul(term, ops.to_dtype(load_weight([token, j]), compute_dtype))

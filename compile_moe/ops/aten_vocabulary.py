@@ -1,4 +1,4 @@
-"""The operations of aten that an epilogue can hold, and what they are called there."""
+"""The operations that an epilogue can hold: of aten, and the layer's own activation."""
 
 from __future__ import annotations
 
@@ -10,52 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from compile_moe.ops.act_and_mul import act_and_mul
+from compile_moe.ops.aten_formulas import BITWISE, FORMULAS
+from compile_moe.ops.column_codes import MOVES
+
 aten = torch.ops.aten
 
-UNARY: dict[Any, str] = {
-    aten.neg.default: "neg",
-    aten.abs.default: "abs",
-    aten.exp.default: "exp",
-    aten.exp2.default: "exp2",
-    aten.expm1.default: "expm1",
-    aten.log.default: "log",
-    aten.log1p.default: "log1p",
-    aten.sqrt.default: "sqrt",
-    aten.rsqrt.default: "rsqrt",
-    aten.reciprocal.default: "reciprocal",
-    aten.sigmoid.default: "sigmoid",
-    aten.tanh.default: "tanh",
-    aten.erf.default: "erf",
-    aten.sin.default: "sin",
-    aten.cos.default: "cos",
-    aten.logical_not.default: "logical_not",
-}
-BINARY: dict[Any, str] = {
-    aten.mul.Tensor: "mul",
-    aten.mul.Scalar: "mul",
-    aten.div.Tensor: "div",
-    aten.div.Scalar: "div",
-    aten.maximum.default: "maximum",
-    aten.minimum.default: "minimum",
-    **{
-        getattr(getattr(aten, c), o): c
-        for c in ("lt", "le", "gt", "ge", "eq", "ne")
-        for o in ("Tensor", "Scalar")
-    },
-    aten.logical_and.default: "logical_and",
-    aten.logical_or.default: "logical_or",
-    aten.bitwise_and.Tensor: "logical_and",
-    aten.bitwise_or.Tensor: "logical_or",
-    aten.clamp_min.default: "maximum",
-    aten.clamp_max.default: "minimum",
-    aten.clamp_min.Tensor: "maximum",
-    aten.clamp_max.Tensor: "minimum",
-}
-CLAMP = (aten.clamp.default, aten.clamp.Tensor)
-WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
-ADD = (aten.add.Tensor, aten.add.Scalar)
-SUB = (aten.sub.Tensor, aten.sub.Scalar)
-RSUB = (aten.rsub.Tensor, aten.rsub.Scalar)
 SAME_VALUE = (
     aten.clone.default,
     aten.alias.default,
@@ -65,50 +25,65 @@ SAME_VALUE = (
 )
 CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-CONSTANTS: dict[Any, Callable[[Any], float]] = {
+CONSTANTS: dict[Any, Callable[[Any], bool | int | float]] = {
     aten.zeros_like.default: lambda args: 0.0,
     aten.new_zeros.default: lambda args: 0.0,
+    aten.zeros.default: lambda args: 0.0,
     aten.ones_like.default: lambda args: 1.0,
     aten.new_ones.default: lambda args: 1.0,
+    aten.ones.default: lambda args: 1.0,
     aten.scalar_tensor.default: lambda args: args[0],
     aten.full.default: lambda args: args[1],
     aten.full_like.default: lambda args: args[1],
     aten.new_full.default: lambda args: args[2],
+    # Read before it is written, it could be anything.
+    **dict.fromkeys(
+        (
+            aten.empty.memory_format,
+            aten.empty_like.default,
+            aten.new_empty.default,
+            aten.empty_strided.default,
+            aten.empty_permuted.default,
+        ),
+        lambda args: float("nan"),
+    ),
 }
-SLICES = (aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
-OTHERS = (operator.getitem, aten.relu.default, aten.sign.default, aten.pow.Tensor_Scalar)
-TRANSLATABLE = frozenset(
-    (
-        *UNARY,
-        *BINARY,
-        *CLAMP,
-        *WHERE,
-        *ADD,
-        *SUB,
-        *RSUB,
-        *SAME_VALUE,
-        *CASTS,
-        *CONSTANTS,
-        *SLICES,
-        *OTHERS,
-    )
-)
-LOGICAL = ("logical_and", "logical_or", "logical_not")
+#: Of a tensor, columns at several places, or a mask; the rest of what is translated by itself.
+OTHERS = (operator.getitem, aten.copy.default, aten.glu.default, aten.index_put.default)
+TRANSLATABLE = frozenset((*FORMULAS, *BITWISE, *MOVES, *SAME_VALUE, *CASTS, *CONSTANTS, *OTHERS, act_and_mul))
 
 
 def is_translatable(node: fx.Node) -> bool:
     """Whether ``node`` is of a kind that an epilogue may hold; its arguments may yet say no."""
-    return node.op == "call_function" and node.target in TRANSLATABLE
-
-
-def is_slice(node: fx.Node) -> bool:
-    """Whether ``node`` is some columns or rows of another tensor."""
-    return node.target is operator.getitem or node.target in SLICES
+    return is_number(node) or (node.op == "call_function" and node.target in TRANSLATABLE)
 
 
 def is_constant(node: fx.Node) -> bool:
     """Whether ``node`` is a scalar or a tensor of one value that no tensor goes into."""
-    return is_translatable(node) and node.target in CONSTANTS and not tensor_inputs(node)
+    return is_number(node) or (
+        node.op == "call_function" and node.target in CONSTANTS and not tensor_inputs(node)
+    )
+
+
+def is_number(node: fx.Node) -> bool:
+    """Whether ``node`` is one number that the model's code wrote as a tensor, such as ``torch.tensor(1.7)``.
+
+    These are copied before they are used; parameters and buffers, which may change, are not.
+    """
+    is_literal = all(user.target is aten.lift_fresh_copy.default for user in node.users)
+    return node.op == "get_attr" and is_literal and number_of(node) is not None
+
+
+def number_of(node: fx.Node) -> bool | int | float | None:
+    """The number of a ``get_attr`` node, or None if it is none, or on a device that reading would wait for."""
+    value: Any = node.graph.owning_module
+    for name in str(node.target).split("."):
+        value = getattr(value, name, None)
+    # Of the very type: a subclass may have no data.
+    if type(value) is not Tensor or value.numel() != 1 or value.device.type != "cpu":
+        return None
+    number: bool | int | float | complex = value.item()
+    return None if isinstance(number, complex) else number
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:

@@ -7,7 +7,8 @@ step, one output element from one gate and one up element:
 
 Layouts: ``concatenated`` (gate columns 0..I-1, then up), ``interleaved`` (gate at even columns, up at odd),
 ``ungated`` (every column is a ``gate``; I = N). The empty text is no epilogue: columns pass through. Operands are
-gate, up, earlier steps and float literals. Everything is computed in float32 (float64 for float64 input).
+gate, up, earlier steps and float literals. Everything is computed in float32 (float64 for float64 input), but
+comparisons, which give booleans: only logical operations and the condition of ``where`` take these, and nothing else.
 
 One text serves all: the CPU evaluates it with torch functions, the Triton kernels get it as source, and the
 inductor lowering replays it, so a compiled kernel is a function of its text alone.
@@ -16,6 +17,7 @@ inductor lowering replays it, so a compiled kernel is a function of its text alo
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,11 +34,30 @@ ProgramTuples = tuple[Layout, tuple[tuple[str, tuple[Operand, ...]], ...], str]
 
 @dataclass(frozen=True)
 class PointwiseOp:
-    """One operation of the vocabulary: its torch function and its Triton text over {0}, {1}, {2}."""
+    """One operation of the vocabulary: its torch function and its Triton text over {0}, {1}, {2}.
+
+    Its first ``num_booleans`` operands are booleans, the others numbers; so is its result, by ``gives_boolean``.
+    """
 
     arity: int
     torch_function: Callable[..., Tensor]
     triton: str
+    num_booleans: int = 0
+    gives_boolean: bool = False
+
+
+def _compares(function: Callable[..., Tensor], triton: str) -> PointwiseOp:
+    return PointwiseOp(2, function, triton, gives_boolean=True)
+
+
+def _combines(arity: int, function: Callable[..., Tensor], triton: str) -> PointwiseOp:
+    return PointwiseOp(arity, function, triton, num_booleans=arity, gives_boolean=True)
+
+
+def _libdevice(name: str, arity: int = 1) -> PointwiseOp:
+    """What torch has under the name of CUDA's function, which torch and inductor call as well."""
+    operands = ", ".join(f"{{{i}}}" for i in range(arity))
+    return PointwiseOp(arity, getattr(torch, name), f"libdevice.{name}({operands})")
 
 
 _MAXIMUM = "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"
@@ -53,27 +74,34 @@ VOCABULARY: dict[str, PointwiseOp] = {
     "minimum": PointwiseOp(2, torch.minimum, _MINIMUM),
     "exp": PointwiseOp(1, torch.exp, "tl.exp({0})"),
     "exp2": PointwiseOp(1, torch.exp2, "tl.exp2({0})"),
-    "expm1": PointwiseOp(1, torch.expm1, "libdevice.expm1({0})"),
     "log": PointwiseOp(1, torch.log, "tl.log({0})"),
-    "log1p": PointwiseOp(1, torch.log1p, "libdevice.log1p({0})"),
     "sqrt": PointwiseOp(1, torch.sqrt, "tl.sqrt_rn({0})"),
     "rsqrt": PointwiseOp(1, torch.rsqrt, "tl.rsqrt({0})"),
     "reciprocal": PointwiseOp(1, torch.reciprocal, "(1.0 / {0})"),
     "sigmoid": PointwiseOp(1, torch.sigmoid, "tl.sigmoid({0})"),
-    "tanh": PointwiseOp(1, torch.tanh, "libdevice.tanh({0})"),
     "erf": PointwiseOp(1, torch.erf, "tl.erf({0})"),
     "sin": PointwiseOp(1, torch.sin, "tl.sin({0})"),
     "cos": PointwiseOp(1, torch.cos, "tl.cos({0})"),
-    "lt": PointwiseOp(2, torch.lt, "({0} < {1})"),
-    "le": PointwiseOp(2, torch.le, "({0} <= {1})"),
-    "gt": PointwiseOp(2, torch.gt, "({0} > {1})"),
-    "ge": PointwiseOp(2, torch.ge, "({0} >= {1})"),
-    "eq": PointwiseOp(2, torch.eq, "({0} == {1})"),
-    "ne": PointwiseOp(2, torch.ne, "({0} != {1})"),
-    "logical_and": PointwiseOp(2, torch.logical_and, "({0} & {1})"),
-    "logical_or": PointwiseOp(2, torch.logical_or, "({0} | {1})"),
-    "logical_not": PointwiseOp(1, torch.logical_not, "({0} == 0)"),
-    "where": PointwiseOp(3, torch.where, "tl.where({0}, {1}, {2})"),
+    # Halves to even, as torch does; libdevice.round takes them away from zero.
+    "round": PointwiseOp(1, torch.round, "libdevice.nearbyint({0})"),
+    **{
+        name: _libdevice(name)
+        for name in (
+            *("expm1", "log1p", "log2", "log10", "erfc", "erfinv", "lgamma", "floor", "ceil", "trunc"),
+            *("tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh"),
+        )
+    },
+    **{name: _libdevice(name, 2) for name in ("pow", "fmod", "atan2", "hypot", "copysign")},
+    "lt": _compares(torch.lt, "({0} < {1})"),
+    "le": _compares(torch.le, "({0} <= {1})"),
+    "gt": _compares(torch.gt, "({0} > {1})"),
+    "ge": _compares(torch.ge, "({0} >= {1})"),
+    "eq": _compares(torch.eq, "({0} == {1})"),
+    "ne": _compares(torch.ne, "({0} != {1})"),
+    "logical_and": _combines(2, torch.logical_and, "({0} & {1})"),
+    "logical_or": _combines(2, torch.logical_or, "({0} | {1})"),
+    "logical_not": _combines(1, torch.logical_not, "({0} == 0)"),
+    "where": PointwiseOp(3, torch.where, "tl.where({0}, {1}, {2})", num_booleans=1),
 }
 
 
@@ -131,10 +159,17 @@ def _operand_text(operand: Operand) -> str:
 def _triton_operand(operand: Operand) -> str:
     if isinstance(operand, str):
         return operand
-    text = repr(float(operand))
-    return f'float("{text}")' if text.lstrip("-") in ("inf", "nan") else text
+    # Triton takes a literal outside the normal numbers of float32 as float64, and whatever meets it too.
+    value = float(operand)
+    if abs(value) > _LARGEST:
+        value = math.copysign(math.inf, value)
+    if not math.isfinite(value):
+        return f'float("{value!r}")'
+    return f"tl.full([], {value!r}, tl.float32)" if 0 < abs(value) < _SMALLEST_NORMAL else repr(value)
 
 
+_LARGEST = torch.finfo(torch.float32).max
+_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 _STEP = re.compile(r"t(\d+) = (\w+)\(([^()]*)\)")
 
 
@@ -151,6 +186,7 @@ def parse(text: str) -> Program:
             f"epilogue must begin with concatenated, interleaved or ungated, got {layout!r} in {text!r}"
         )
     names = {"gate"} if layout == "ungated" else {"gate", "up"}
+    booleans: set[str] = set()
     parsed = []
     for i, line in enumerate(steps):
         match = _STEP.fullmatch(line)
@@ -161,12 +197,24 @@ def parse(text: str) -> Program:
         operands = tuple(_parse_operand(o.strip(), names, line) for o in match[3].split(","))
         if len(operands) != VOCABULARY[match[2]].arity:
             raise ValueError(f"{match[2]} takes {VOCABULARY[match[2]].arity} operands, got {line!r}")
+        _check_kinds(VOCABULARY[match[2]], operands, booleans, line)
         parsed.append(Step(match[2], operands))
         names.add(f"t{i}")
+        if VOCABULARY[match[2]].gives_boolean:
+            booleans.add(f"t{i}")
     result = last.removeprefix("return ")
     if result == last or result not in names:
         raise ValueError(f"epilogue must end with 'return <gate, up or a step>', got {last!r}")
+    if result in booleans:
+        raise ValueError(f"epilogue must return a number, got the boolean {result} of {text!r}")
     return Program(layout, tuple(parsed), result)  # type: ignore[arg-type]
+
+
+def _check_kinds(op: PointwiseOp, operands: tuple[Operand, ...], booleans: set[str], line: str) -> None:
+    for i, operand in enumerate(operands):
+        if (operand in booleans) != (i < op.num_booleans):
+            wanted = "a boolean, which a comparison gives" if i < op.num_booleans else "a number"
+            raise ValueError(f"operand {i} must be {wanted}, got {operand!r} in {line!r}")
 
 
 def _parse_operand(text: str, names: set[str], line: str) -> Operand:
@@ -201,7 +249,8 @@ def evaluate_steps(
             *(
                 values[o]
                 if isinstance(o, str)
-                else torch.full((), o, dtype=compute_dtype, device=gate_up.device)
+                # By way of float64, which rounds what float32 can't hold instead of refusing it.
+                else torch.full((), o, dtype=torch.float64, device=gate_up.device).to(compute_dtype)
                 for o in operands
             )
         )

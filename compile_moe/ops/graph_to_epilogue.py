@@ -1,267 +1,333 @@
-"""From a traced graph over gate/up columns to an epilogue program.
+"""From a graph over gate/up columns to an epilogue program.
 
-The graph must be slices of its input that are its gate and up columns, and pointwise operations over them. Casts
-between floating-point types vanish: the program computes in float32 throughout. Anything else is refused with the
-node that stopped it.
+The graph must move the columns of its input about and compute pointwise on them, so that each element of its result
+depends on one gate and one up. Casts between floating-point types vanish: the program computes in float32
+throughout. Anything else is refused with the node that stopped it.
 """
 
 from __future__ import annotations
 
-import math
 import operator
-import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
 
+from compile_moe.ops.act_and_mul import act_and_mul
+from compile_moe.ops.aten_formulas import BITWISE, FORMULAS, Formula, NotPointwise, glu, where
 from compile_moe.ops.aten_vocabulary import (
-    ADD,
-    BINARY,
     CASTS,
-    CLAMP,
     CONSTANTS,
     FLOATS,
-    LOGICAL,
-    RSUB,
     SAME_VALUE,
-    SLICES,
-    SUB,
-    UNARY,
-    WHERE,
     described,
+    is_number,
+    number_of,
+    tensor_inputs,
 )
-from compile_moe.ops.epilogue import Layout, Operand, Program, Step
+from compile_moe.ops.column_codes import MOVES, Columns, Movement, halves, moved_tensors
+from compile_moe.ops.epilogue import Layout, Program, parse
+from compile_moe.ops.epilogue_builder import StepBuilder, Value
+
+__all__ = ["ROWS", "NotPointwise", "program_of", "sources_of"]
 
 aten = torch.ops.aten
 
-#: Rows of the traced input: a prime, so that no reshape of it is mistaken for one of its columns.
+#: Rows of a traced input: a prime, so that no reshape of it is mistaken for one of its columns.
 ROWS = 7
 
-
-class NotPointwise(Exception):
-    """The traced graph has no form as an epilogue; the message says why."""
-
-
-# Columns of the traced input that a value holds: (first, last + 1, step).
-Columns = tuple[int, int, int]
+#: float32 holds every integer up to here.
+_MOST_EXACT_INTEGER = 2**24
 
 
-class GraphToEpilogue:
-    """Walks a graph over gate/up columns (rows, num_columns) once, turning nodes into columns of the input or
-    program steps. ``rows`` may be symbolic.
+def program_of(gate_up: fx.Node, end: Any) -> Program:
+    """The program that computes the node ``end`` from ``gate_up`` (rows, num_columns), whose rows may be symbolic.
+
+    Raises:
+        NotPointwise: there is none.
     """
+    if not isinstance(end, fx.Node):
+        raise NotPointwise(f"it must return one tensor, got {end!r}")
+    rows, num_columns = gate_up.meta["val"].shape
+    shape = end.meta["val"].shape
+    layouts: tuple[Layout, ...] = ("concatenated", "interleaved")
+    if len(shape) == 2 and shape[1] == num_columns:
+        layouts = ("ungated",)
+    elif num_columns % 2:
+        raise NotPointwise(f"it returns {tuple(shape)} for {num_columns} columns, which have no halves")
+    nodes = sources_of(end, gate_up)
+    order = [node for node in gate_up.graph.nodes if node in nodes and node is not end]
+    refusals: list[_Refusal] = []
+    # Numbers of columns are computed with, whatever the caller traces or fakes.
+    with _disable_current_modes():
+        for layout in layouts:
+            try:
+                return _Translation(layout, gate_up, rows, num_columns).program((*order, end))
+            except _Refusal as refusal:
+                refusals.append(refusal)
+    # From the layout that came farthest.
+    raise NotPointwise(str(max(refusals, key=lambda refusal: refusal.position)))
 
-    def __init__(self, num_columns: int, rows: Any = ROWS) -> None:
-        self.num_columns = num_columns
-        self.rows = rows
-        self.columns: dict[fx.Node, Columns] = {}
-        self.values: dict[fx.Node, Operand] = {}
-        self.chunks: dict[fx.Node, list[Columns]] = {}
-        self.layout: Layout | None = None
-        self.width = num_columns
-        self.steps: list[Step] = []
 
-    def program(self, graph: fx.Graph) -> Program:
-        for node in graph.nodes:
-            if node.op == "placeholder":
-                self.columns[node] = (0, self.num_columns, 1)
-            elif node.op == "call_function":
-                self._call(node)
-            elif node.op == "output":
-                result = node.args[0]
-                if not isinstance(result, fx.Node):
-                    raise NotPointwise(f"it must return one tensor, got {result!r}")
-                value = self._operand(result, node)
-                if not isinstance(value, str):
-                    raise NotPointwise("it returns a constant")
-                val = result.meta.get("val")
-                if val is not None and not val.is_floating_point():
-                    raise NotPointwise(f"it returns {val.dtype}, not floating point")
-                if val is not None and not self._is_row_of_width(val.shape):
-                    raise NotPointwise(
-                        f"it returns {tuple(val.shape)} for rows of gate and up of {self.width}"
-                    )
-                assert self.layout is not None
-                return Program(self.layout, tuple(self.steps), value)
-            else:
-                raise NotPointwise(f"{node.op} {node.target} is a captured tensor")
-        raise AssertionError("a traced graph ends with an output")
+def sources_of(end: fx.Node, gate_up: fx.Node) -> set[fx.Node]:
+    """What ``end`` is computed from, up to ``gate_up``."""
+    found: set[fx.Node] = set()
+    pending = [end]
+    while pending:
+        for source in (node := pending.pop()).all_input_nodes:
+            is_tensor = source in tensor_inputs(node) or source.op == "get_attr"
+            if is_tensor and source is not gate_up and source not in found:
+                found.add(source)
+                pending.append(source)
+    return found
 
-    def _is_row_of_width(self, shape: Any) -> bool:
-        # Nothing here changes a symbolic number of rows.
-        rows_fit = len(shape) == 2 and (not isinstance(self.rows, int) or shape[0] == self.rows)
-        return rows_fit and shape[1] == self.width
 
-    def _call(self, node: fx.Node) -> None:
-        target: Any = node.target
-        if target in SLICES:
-            self._slice(node, target)
-        elif target is operator.getitem:
-            self.columns[node] = self.chunks[node.args[0]][node.args[1]]  # type: ignore[index]
-        elif target in SAME_VALUE:
-            self._forward(node)
-        elif target in CASTS:
-            dtype = node.kwargs.get("dtype", node.args[1] if len(node.args) > 1 else None)
-            if dtype not in FLOATS:
-                raise NotPointwise(f"{described(node)} casts to {dtype}")
-            self._forward(node)
-        elif target in CONSTANTS:
-            fill: Any = CONSTANTS[target]
-            self.values[node] = float(fill(node.args))
-        else:
-            self._pointwise(node, target)
+class _Refusal(NotPointwise):
+    def __init__(self, message: str, position: int) -> None:
+        super().__init__(message)
+        self.position = position
 
-    def _forward(self, node: fx.Node) -> None:
-        source = node.args[0]
-        if source in self.columns:
-            self.columns[node] = self.columns[source]  # type: ignore[index]
-        else:
-            self.values[node] = self._operand(source, node)
 
-    def _slice(self, node: fx.Node, target: Any) -> None:
-        source: Any = node.args[0]
-        if isinstance(self.values.get(source), float) and target is aten.slice.Tensor:
-            self.values[node] = self.values[source]
-            return
-        if source not in self.columns:
-            raise NotPointwise(f"{described(node)} slices a computed value")
-        first, last, step = self.columns[source]
-        width = (last - first + step - 1) // step
-        if target is aten.slice.Tensor:
-            arguments = dict(zip(("dim", "start", "end", "step"), node.args[1:], strict=False)) | node.kwargs
-            dim: Any = arguments.get("dim", 0)
-            start: Any = arguments.get("start")
-            end: Any = arguments.get("end")
-            stride: Any = arguments.get("step", 1)
-            if dim % 2 == 0:
-                if not self._is_all_rows(start, end, stride):
-                    raise NotPointwise(f"{described(node)} selects rows")
-                self.columns[node] = (first, last, step)
-                return
-            begin, stop, _ = slice(start, end).indices(width)
-            self.columns[node] = (first + begin * step, min(first + stop * step, last), step * stride)
-            return
-        arguments = dict(zip(("sizes", "dim"), node.args[1:], strict=False)) | node.kwargs
-        dim = arguments.get("dim", 0)
-        if dim % 2 != 1:
-            raise NotPointwise(f"{described(node)} splits rows")
-        sizes: Any = arguments["sizes"] if "sizes" in arguments else arguments["split_size"]
-        if target is aten.chunk.default:
-            sizes = -(-width // sizes)
-        if isinstance(sizes, int):
-            sizes = [min(sizes, width - at) for at in range(0, width, sizes)]
-        pieces, at = [], first
-        for size in sizes:
-            pieces.append((at, min(at + size * step, last), step))
-            at += size * step
-        self.chunks[node] = pieces
+class _Translation:
+    """Walks a graph over gate and up in one layout, turning nodes into codes of columns, and program steps."""
 
-    def _is_all_rows(self, start: Any, end: Any, stride: Any) -> bool:
-        if not isinstance(self.rows, int):
-            return start in (None, 0) and end in (None, sys.maxsize) and stride == 1
-        return (*slice(start, end).indices(self.rows)[:2], stride) == (0, self.rows, 1)
-
-    def _input(self, columns: Columns, node: fx.Node) -> str:
-        """gate or up, fixing the layout at the first use."""
-        n, half = self.num_columns, self.num_columns // 2
-        first, last, step = columns
-        layouts: dict[tuple[int, int, int], tuple[Layout, str]] = {(0, n, 1): ("ungated", "gate")}
-        if n % 2 == 0:
-            layouts |= {
-                (0, half, 1): ("concatenated", "gate"),
-                (half, n, 1): ("concatenated", "up"),
-                (0, n, 2): ("interleaved", "gate"),
-                (1, n, 2): ("interleaved", "up"),
-            }
-        if columns not in layouts:
-            raise NotPointwise(
-                f"{described(node)} uses columns {first}:{last}:{step} of {n}, neither halves nor even and odd ones"
-            )
-        layout, name = layouts[columns]
-        if self.layout not in (None, layout):
-            raise NotPointwise(f"{described(node)} mixes {self.layout} and {layout} columns")
+    def __init__(self, layout: Layout, gate_up: fx.Node, rows: Any, num_columns: int) -> None:
         self.layout = layout
-        self.width = n if layout == "ungated" else half
-        return name
+        self.num_columns = num_columns
+        self.width = num_columns if layout == "ungated" else num_columns // 2
+        self.move = Movement(rows)
+        self.steps = StepBuilder()
+        #: The values that codes name.
+        self.values: list[Value] = ["gate", "up"]
+        #: What each node is: columns, or one number wherever it is read.
+        self.tensors: dict[fx.Node, Columns | list[Columns] | bool | int | float] = {
+            gate_up: Columns(self._gate_and_up().unsqueeze(0), -2)
+        }
 
-    def _operand(self, argument: Any, node: fx.Node) -> Operand:
-        if isinstance(argument, bool | int | float):
-            return float(argument)
-        if isinstance(argument, fx.Node):
-            if argument in self.columns:
-                return self._input(self.columns[argument], node)
-            if argument in self.values:
-                return self.values[argument]
-        raise NotPointwise(f"{described(node)} uses {argument!r}")
+    def _gate_and_up(self) -> Tensor:
+        positions = torch.arange(self.width, device="cpu")
+        if self.layout == "ungated":
+            return positions
+        both = positions, positions + self.num_columns
+        return torch.cat(both) if self.layout == "concatenated" else torch.stack(both, 1).flatten()
 
-    def _emit(self, op: str, *operands: Operand) -> str:
-        step = Step(op, operands)
-        if step not in self.steps:
-            self.steps.append(step)
-        return f"t{self.steps.index(step)}"
+    def program(self, nodes: Sequence[fx.Node]) -> Program:
+        for position, node in enumerate(nodes):
+            try:
+                self._node(node)
+            except NotPointwise as refusal:
+                raise _Refusal(f"{described(node)} {refusal}", position) from None
+        try:
+            return self._result(nodes[-1])
+        except NotPointwise as refusal:
+            raise _Refusal(str(refusal), len(nodes)) from None
 
-    def _pointwise(self, node: fx.Node, target: Any) -> None:
-        args = node.args
-        if any(isinstance(a, complex) for a in args):
-            raise NotPointwise(f"{described(node)} is complex")
-        if target in UNARY:
-            value: Operand = self._emit(UNARY[target], self._operand(args[0], node))
-        elif target in BINARY and not node.kwargs:
-            op = BINARY[target]
-            operands = [self._operand(a, node) for a in args[:2]]
-            if op in LOGICAL and not all(_is_bool(a) for a in args[:2]):
-                raise NotPointwise(f"{described(node)} combines values that are not comparisons")
-            value = self._emit(op, *operands)
-        elif target in (*ADD, *SUB, *RSUB):
-            value = self._add(node, target)
-        elif target is aten.relu.default:
-            value = self._emit("maximum", self._operand(args[0], node), 0.0)
-        elif target in CLAMP:
-            value = self._clamp(node)
-        elif target in WHERE:
-            if not _is_bool(args[0]):
-                raise NotPointwise(f"{described(node)} selects by a value that is no comparison")
-            value = self._emit("where", *(self._operand(a, node) for a in args[:3]))
-        elif target is aten.sign.default:
-            source = self._operand(args[0], node)
-            negative = self._emit("where", self._emit("lt", source, 0.0), -1.0, 0.0)
-            value = self._emit("where", self._emit("gt", source, 0.0), 1.0, negative)
-        elif target is aten.pow.Tensor_Scalar:
-            value = self._power(self._operand(args[0], node), args[1], node)
+    def _result(self, node: fx.Node) -> Program:
+        result = self.tensors[node]
+        if isinstance(result, list):
+            raise NotPointwise("it must return one tensor, got several")
+        if not isinstance(result, Columns):
+            raise NotPointwise(f"it returns {result} everywhere, which no gate or up goes into")
+        shape = node.meta["val"].shape
+        if result.codes.shape != (1, self.width) or result.rows_dim != -2:
+            raise NotPointwise(f"it returns {tuple(shape)} for rows of gate and up of {self.width}")
+        codes = result.codes.flatten()
+        first = int(codes[0]) // self.num_columns
+        if not torch.equal(codes, torch.arange(self.width, device="cpu") + first * self.num_columns):
+            raise NotPointwise("it returns columns in another order than gate and up have")
+        value = self.steps.number(self.values[first])
+        if not isinstance(value, str):
+            raise NotPointwise(f"it returns {value} everywhere, which no gate or up goes into")
+        return self.steps.program(self.layout, value)
+
+    def _node(self, node: fx.Node) -> None:
+        target: Any = node.target
+        if node in self.tensors:
+            return
+        if is_number(node):
+            number = number_of(node)
+            assert number is not None
+            self.tensors[node] = number
+        elif node.op != "call_function":
+            raise NotPointwise("is a captured tensor")
+        elif target is operator.getitem:
+            pieces = self._tensor(node.args[0])
+            self.tensors[node] = pieces[node.args[1]] if isinstance(pieces, list) else pieces  # type: ignore[index]
+        elif target in SAME_VALUE:
+            self.tensors[node] = self._tensor(node.args[0])
+        elif target in CONSTANTS:
+            self._pointwise(node, lambda e, x: x, [CONSTANTS[target](node.args)])
+        elif target in CASTS:
+            self._cast(node)
+        elif target in MOVES:
+            self.tensors[node] = self._moved(node)
+        elif target is aten.copy.default:
+            source = self._tensor(node.args[1])
+            if isinstance(source, Columns):
+                source = self.move.expanded(source, node.meta["val"].shape)
+            self._pointwise(node, lambda e, x: x, [source])
+        elif target is aten.glu.default:
+            source = self._tensor(node.args[0])
+            if not isinstance(source, Columns):
+                raise NotPointwise("takes a constant apart")
+            dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", -1)
+            self._pointwise(node, glu, halves(source, dim))
+        elif target is aten.index_put.default:
+            self._masked_write(node)
+        elif target is act_and_mul:
+            self._named_activation(node)
+        elif target in FORMULAS or target in BITWISE:
+            if target in BITWISE and node.meta["val"].dtype is not torch.bool:
+                raise NotPointwise("works on the bits of integers")
+            self._pointwise(node, FORMULAS.get(target) or BITWISE[target], list(node.args), dict(node.kwargs))
         else:
-            raise NotPointwise(f"{described(node)} is not a pointwise operation an epilogue can hold")
-        self.values[node] = value
+            raise NotPointwise("is not a pointwise operation an epilogue can hold")
 
-    def _add(self, node: fx.Node, target: Any) -> Operand:
-        left, right = (self._operand(a, node) for a in node.args[:2])
-        alpha: Any = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
-        if target in RSUB:
-            scaled = left if alpha == 1 else self._emit("mul", left, float(alpha))
-            return self._emit("sub", right, scaled)
-        if alpha != 1:
-            right = self._emit("mul", right, float(alpha))
-        return self._emit("add" if target in ADD else "sub", left, right)
+    def _tensor(self, argument: Any) -> Any:
+        """What an argument is: a node's columns or number, or the argument itself."""
+        if isinstance(argument, fx.Node):
+            if argument not in self.tensors:
+                raise NotPointwise(f"takes {argument}, which is no number and no gate or up")
+            return self.tensors[argument]
+        return argument
 
-    def _clamp(self, node: fx.Node) -> Operand:
-        bounds = dict(zip(("min", "max"), node.args[1:], strict=False)) | node.kwargs
-        value = self._operand(node.args[0], node)
-        if bounds.get("min") is not None:
-            value = self._emit("maximum", value, self._operand(bounds["min"], node))
-        if bounds.get("max") is not None:
-            value = self._emit("minimum", value, self._operand(bounds["max"], node))
-        return value
+    def _moved(self, node: fx.Node) -> Columns | list[Columns] | bool | int | float:
+        nodes = moved_tensors(node)
+        sources = [self._tensor(source) for source in nodes]
+        columns = [source for source in sources if isinstance(source, Columns)]
+        if not columns:
+            if len({repr(source) for source in sources}) > 1:
+                raise NotPointwise("puts several constants side by side")
+            constant: bool | int | float = sources[0]
+            return constant
+        return self.move(
+            node,
+            [
+                source if isinstance(source, Columns) else self._filled(source, of, columns[0].rows_dim)
+                for source, of in zip(sources, nodes, strict=True)
+            ],
+        )
 
-    def _power(self, base: Operand, exponent: Any, node: fx.Node) -> Operand:
-        if exponent == 0.5:
-            return self._emit("sqrt", base)
-        if not float(exponent).is_integer() or not 1 <= abs(exponent) <= 8:
-            raise NotPointwise(f"{described(node)} raises to a power that is no integer of 1 to 8, nor 0.5")
-        value = base
-        for _ in range(math.trunc(abs(exponent)) - 1):
-            value = self._emit("mul", value, base)
-        return self._emit("reciprocal", value) if exponent < 0 else value
+    def _filled(self, number: Value, of: fx.Node, rows_dim: int) -> Columns:
+        """A tensor that holds one number; its positions mean nothing."""
+        shape = self.move.one_row(of.meta["val"].shape, rows_dim)
+        return Columns(torch.full(shape, self._code(number), device="cpu"), rows_dim)
 
+    def _code(self, value: Value) -> int:
+        # By text: 0.0, -0.0 and False are equal.
+        texts = [repr(known) for known in self.values]
+        if repr(value) not in texts:
+            self.values.append(value)
+            texts.append(repr(value))
+        return texts.index(repr(value)) * self.num_columns
 
-def _is_bool(argument: Any) -> bool:
-    return isinstance(argument, fx.Node) and argument.meta["val"].dtype is torch.bool
+    def _cast(self, node: fx.Node) -> None:
+        dtype: Any = node.kwargs.get("dtype", node.args[1] if len(node.args) > 1 else None)
+        source: Any = node.args[0]
+        given = source.meta["val"].dtype
+        if dtype is None:
+            dtype = given
+        if dtype not in (*FLOATS, torch.bool) and (dtype.is_floating_point or given.is_floating_point):
+            raise NotPointwise(f"casts to {dtype}")
+        self._pointwise(node, lambda e, x: x, [source])
+
+    def _named_activation(self, node: fx.Node) -> None:
+        """The steps of a program that is there already."""
+        arguments: Any = dict(zip(("gate_up", "epilogue"), node.args, strict=False)) | node.kwargs
+        source, program = self._tensor(arguments["gate_up"]), parse(arguments["epilogue"])
+        if not isinstance(source, Columns):
+            raise NotPointwise("takes a constant apart")
+        inputs = [source]
+        if program.layout == "concatenated":
+            inputs = halves(source, -1)
+        elif program.layout == "interleaved":
+            inputs = [Columns(source.codes[..., first::2], source.rows_dim) for first in (0, 1)]
+
+        def formula(e: StepBuilder, gate: Value, up: Value = 0.0) -> Value:
+            values = {"gate": gate, "up": up}
+            for i, step in enumerate(program.steps):
+                values[f"t{i}"] = e(step.op, *(values[o] if isinstance(o, str) else o for o in step.operands))
+            return values[program.result]
+
+        self._pointwise(node, formula, inputs)
+
+    def _masked_write(self, node: fx.Node) -> None:
+        """``x[mask] = number``."""
+        x, indices, number, *accumulate = node.args
+        mask: Any = indices[0] if isinstance(indices, list | tuple) and len(indices) == 1 else None
+        is_mask = isinstance(mask, fx.Node) and mask.meta["val"].dtype is torch.bool
+        if (
+            not is_mask
+            or mask.meta["val"].dim() != x.meta["val"].dim()  # type: ignore[union-attr]
+            or isinstance(self._tensor(number), Columns)
+            or any((*accumulate, *node.kwargs.values()))
+        ):
+            raise NotPointwise("writes elsewhere than one number by one mask")
+        self._pointwise(node, where, [mask, number, x])
+
+    def _pointwise(
+        self, node: fx.Node, formula: Formula, args: list[Any], kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Apply a formula to each combination of values that its tensors hold at one place."""
+        args = [self._tensor(argument) for argument in args]
+        named = {name: self._tensor(argument) for name, argument in (kwargs or {}).items()}
+        if any(isinstance(argument, complex | list) for argument in (*args, *named.values())):
+            raise NotPointwise("takes complex numbers or lists")
+        tensors = [argument for argument in (*args, *named.values()) if isinstance(argument, Columns)]
+        if not tensors:
+            value = self._promoted(node, formula(self.steps, *args, **named))
+            if isinstance(value, str):
+                raise AssertionError("what only numbers go into is a number")
+            self.tensors[node] = value
+            return
+        rows_dim = tensors[0].rows_dim
+        shape = node.meta["val"].shape
+        if any(tensor.rows_dim != rows_dim for tensor in tensors):
+            raise NotPointwise("combines rows with columns")
+        codes = torch.stack([self.move.expanded(tensor, shape).codes.flatten() for tensor in tensors])
+        groups, group_of = torch.unique(codes // self.num_columns, dim=1, return_inverse=True)
+        positions = self._positions(codes % self.num_columns, groups, group_of)
+        results = []
+        for group in groups.t().tolist():
+            values = iter([self.values[i] for i in group])
+            at = [next(values) if isinstance(a, Columns) else a for a in args]
+            with_names = {k: next(values) if isinstance(a, Columns) else a for k, a in named.items()}
+            results.append(self._code(self._promoted(node, formula(self.steps, *at, **with_names))))
+        result = torch.tensor(results, device="cpu")[group_of] + positions
+        self.tensors[node] = Columns(result.view(self.move.one_row(shape, rows_dim)), rows_dim)
+
+    def _positions(self, positions: Tensor, groups: Tensor, group_of: Tensor) -> Tensor:
+        """The position of every element, which is the same in all tensors, unless they hold a number there."""
+        is_number = torch.tensor([not isinstance(value, str) for value in self.values], device="cpu")
+        anywhere = is_number[groups][:, group_of]
+        low = torch.where(anywhere, self.num_columns, positions).amin(0)
+        high = torch.where(anywhere, -1, positions).amax(0)
+        mixed = (low < high).nonzero().flatten()
+        if len(mixed):
+            a, b = int(low[mixed[0]]), int(high[mixed[0]])
+            raise NotPointwise(
+                f"combines elements {a} and {b} of gate and up, which are {self.width} each and {self.layout}"
+                if self.layout != "ungated"
+                else f"combines columns {a} and {b} of {self.width}"
+            )
+        return high.clamp(min=0)
+
+    def _promoted(self, node: fx.Node, value: Value) -> Value:
+        """The value as the kind of number that torch's result is."""
+        dtype = node.meta["val"].dtype
+        if dtype is torch.bool:
+            return self.steps.boolean(value)
+        if dtype.is_complex:
+            raise NotPointwise("is complex")
+        self._check_integers(dtype, value)
+        return self.steps.number(value)
+
+    def _check_integers(self, dtype: torch.dtype, value: Value) -> None:
+        """Refuse integers that float32 might not hold, or that might wrap around."""
+        if dtype.is_floating_point:
+            return
+        largest = min(torch.iinfo(dtype).max, _MOST_EXACT_INTEGER)
+        if not dtype.is_signed or self.steps.bound(value) > largest:
+            raise NotPointwise(f"computes in {dtype}, which float32 may not hold")
