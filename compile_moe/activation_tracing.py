@@ -72,11 +72,12 @@ def trace_cached(function: Callable[..., Tensor], owner: Any, num_columns: int) 
 
 
 _SCALARS = (bool, int, float, str)
+_BY_OTHER_NAMES = ("getattr", "vars", "__dict__", "attrgetter")
 _MOST_STEPS = 4  # from one object to the next, as in self.config.limits["gate"]
 
 
 def _captured_scalars(function: Any, owner: Any) -> tuple[Hashable, ...]:
-    """All that tracing may read: of an object its own scalars, and of what it holds that which the code names."""
+    """All that tracing may read: of an object that which the code names."""
     scalars: list[Hashable] = []
     seen: set[int] = set()
 
@@ -87,10 +88,13 @@ def _captured_scalars(function: Any, owner: Any) -> tuple[Hashable, ...]:
         if value is None or steps > _MOST_STEPS or id(value) in seen or isinstance(value, (type, Tensor)):
             return
         seen.add(id(value))
-        names |= _names(value)
+        own_names = _names(value)
+        if not own_names <= names:
+            names |= own_names
         held: list[Any]
         if isinstance(value, types.ModuleType):
-            found = [getattr(value, name, None) for name in sorted(names)]
+            attributes = {} if value.__name__.partition(".")[0] == "torch" else vars(value)
+            found = [attributes[name] for name in sorted(names) if name in attributes]
             held = [v for v in found if isinstance(v, (*_SCALARS, types.FunctionType))]
         elif isinstance(value, (list, tuple)):
             held = list(value)
@@ -104,7 +108,8 @@ def _captured_scalars(function: Any, owner: Any) -> tuple[Hashable, ...]:
             held = _held_by_function(value)
         else:
             attributes = getattr(value, "__dict__", {})
-            held = [v for name, v in attributes.items() if name in names or isinstance(v, _SCALARS)]
+            reads_any = not names.isdisjoint(_BY_OTHER_NAMES)
+            held = [v for n, v in attributes.items() if n in names or (reads_any and isinstance(v, _SCALARS))]
         for v in held:
             visit(v, names, steps + 1)
 
@@ -115,12 +120,16 @@ def _captured_scalars(function: Any, owner: Any) -> tuple[Hashable, ...]:
 
 def _names(value: Any) -> frozenset[str]:
     """Globals and attributes that calling ``value`` may read."""
-    call: Any = value
-    if not isinstance(value, types.FunctionType) and callable(value):
-        call = getattr(type(value), "forward", type(value).__call__)
+    if isinstance(value, types.FunctionType):
+        return _names_in(value.__code__)
+    kind = type(value)
+    call = getattr(kind, "forward", None) or getattr(kind, "__call__", None)  # noqa: B004
     code = getattr(call, "__code__", None)
-    if code is None:
-        return frozenset()
+    return frozenset() if code is None else _names_in(code)
+
+
+@functools.lru_cache(1000)
+def _names_in(code: types.CodeType) -> frozenset[str]:
     inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
     return frozenset((*code.co_names, *(name for c in inner for name in c.co_names)))
 

@@ -196,6 +196,13 @@ class LimitedByItsConfiguration(nn.Module):
         return gate.clamp(max=self.config.text.limit) * up
 
 
+class LimitedByAnyName(LimitedByItsConfiguration):
+    def forward(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return gate.clamp(max=getattr(self.config.text, "_".join(["limit"]))) * up
+
+
+LIMITED_BY_ANY_NAME = LimitedByAnyName()
 LIMITED_MODULE = LimitedByItsConfiguration()
 
 
@@ -207,14 +214,15 @@ LIMITED_MODULE = LimitedByItsConfiguration()
         (limited_by_a_nested_dict, None),
         (limited_by_a_helper, None),
         (LIMITED_MODULE, None),
+        (LIMITED_BY_ANY_NAME, None),
         (LimitedByItsConfiguration.forward, LIMITED_MODULE),
         (functools.partial(LimitedByItsConfiguration.forward, LIMITED_MODULE), None),
     ],
-    ids=["dict", "module", "nested dict", "helper", "nn.Module", "bound method", "partial"],
+    ids=["dict", "module", "nested dict", "helper", "nn.Module", "any name", "bound method", "partial"],
 )
 def test_changed_numbers_are_traced_anew(function: Callable[..., Tensor], owner: Any) -> None:
     for limit in (1.0, 7.0):
         LIMITS["gate"] = BOUNDS.limit = NESTED["limits"]["gate"][0] = limit
-        LIMITED_MODULE.config.text.limit = limit
+        LIMITED_MODULE.config.text.limit = LIMITED_BY_ANY_NAME.config.text.limit = limit
         text, _ = trace_cached(function, owner, 8)
         assert f"minimum(gate, {limit})" in text

@@ -1,4 +1,4 @@
-"""Another inductor than the library knows, and bugs of ours: results stay right, and one warning says what is lost."""
+"""Another inductor than the library knows: results stay right, and one warning says what is lost."""
 
 from __future__ import annotations
 
@@ -10,67 +10,35 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, fx
-from torch._inductor import config as inductor_config
-from torch._inductor import lowering as inductor_lowering
 from typer.testing import CliRunner
 
 import compile_moe
 import compile_moe.lowering
 from compile_moe.cli import app
-from compile_moe.lowering import fusion_warning, graph_passes, inductor_compat
-from compile_moe.lowering.fuse_epilogue import fuse_epilogue
-from compile_moe.lowering.fuse_router import fuse_router, fuse_router_and_sort
+from compile_moe.lowering import inductor_compat
 from compile_moe.lowering.fusion_warning import FusionWarning
 from compile_moe.ops import act_and_mul, weight_and_reduce
-from compile_moe.ops.named_activations import program_text
-from tests.support.oracle import assert_as_accurate, make_layer
+from tests.support.other_inductor import (
+    Without,
+    assert_right,
+    has_another,
+    lacks,
+    right_with_warnings,
+    unregistered,
+)
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo", "unregistered")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "nothing_registered")
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class Without:
-    """A module or class that lacks some names, or has others in their place."""
-
-    def __init__(self, whole: Any, *lacking: str, **others: Any) -> None:
-        vars(self).update(_whole=whole, _lacking=lacking, **others)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self._lacking:
-            raise AttributeError(name)
-        return getattr(self._whole, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._whole, name, value)
-
-
-def lacks(path: str) -> Callable[[pytest.MonkeyPatch], None]:
-    """A torch without ``path``, as inductor_compat sees it."""
-    module, *between, last = path.split(".")
-
-    def simulate(patch: pytest.MonkeyPatch) -> None:
-        whole = getattr(inductor_compat, module)
-        if between:
-            (owner,) = between
-            lacking = Without(whole, **{owner: Without(getattr(whole, owner), *last.split("|"))})
-        else:
-            lacking = Without(whole, last)
-        patch.setattr(inductor_compat, module, lacking)
-
-    return simulate
-
-
-def has_another(path: str, other: Any) -> Callable[[pytest.MonkeyPatch], None]:
-    module, name = path.split(".")
-    return lambda patch: patch.setattr(
-        inductor_compat, module, Without(getattr(inductor_compat, module), **{name: other})
-    )
+@pytest.fixture
+def nothing_registered() -> Iterator[None]:
+    with unregistered():
+        yield
 
 
 def takes_other_arguments(*, device: Any, inner_fn: Any, shape: Any) -> Any:
@@ -115,72 +83,6 @@ SIMULATED = {
     },
 }
 FUSION = [(what, name) for what in ("lowerings", "passes") for name in SIMULATED[what]]
-
-
-@pytest.fixture
-def unregistered() -> Iterator[None]:
-    """As in a process that has not compiled the ops yet, and nothing of it is left to other tests."""
-    dicts = ("lowerings", "_maybe_layout_constraints", "user_lowerings")
-    known = [getattr(inductor_lowering, name) for name in dicts if hasattr(inductor_lowering, name)]
-    uncached = torch._functorch.config.patch(enable_autograd_cache=False)
-    with inductor_config.patch(post_grad_custom_pre_pass=None, fx_graph_cache=False), uncached:
-        patches = [mock.patch.dict(dictionary) for dictionary in known]
-        for patch in patches:
-            patch.start()
-        for op in (act_and_mul, weight_and_reduce):
-            for dictionary in known:
-                dictionary.pop(op, None)
-        registered, warned = set(inductor_compat._registered), set(fusion_warning._warned)
-        inductor_compat._registered.clear()
-        fusion_warning._warned.clear()
-        inductor_compat.missing.cache_clear()
-        yield
-        inductor_compat.missing.cache_clear()
-        inductor_compat._registered.clear()
-        inductor_compat._registered.update(registered)
-        fusion_warning._warned.clear()
-        fusion_warning._warned.update(warned)
-        for patch in patches:
-            patch.stop()
-
-
-def overridden(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, -1)
-    return gate.tanh() * up
-
-
-class OwnActivation(compile_moe.TritonExperts):
-    def activation(self, activation: Any, output: Tensor, input: Tensor) -> None:
-        output.copy_(overridden(input))
-
-
-def assert_right() -> None:
-    """A layer of user's parts, and the ops that have lowerings, on strided inputs and between neighbours."""
-    layer = make_layer(M=5, skipped=True, function=overridden)
-    kernel = compile_moe.FusedMoEModularKernel(compile_moe.MoEPrepareAndFinalizeNoEP(), OwnActivation())
-    fused_out, gate_up = torch.randn(2, 7, 8).transpose(0, 1), torch.randn(8, 3).t()
-    weights, ids = torch.rand(7, 2), torch.tensor([[0, -1]] * 7)
-    text = program_text("swigluoai")
-
-    def stages(fused_out: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-        finalized = weight_and_reduce(fused_out * 2, weights, ids, torch.arange(3), 3) + 1
-        return finalized, act_and_mul(gate_up + 1, text) * 2
-
-    arguments = fused_out, weights, ids, gate_up
-    for _ in range(2):
-        torch._dynamo.reset()
-        with torch.no_grad():
-            assert_as_accurate(torch.compile(kernel, fullgraph=True)(*layer.args), layer)
-            torch.testing.assert_close(
-                torch.compile(stages, fullgraph=True)(*arguments), stages(*arguments), rtol=1e-5, atol=1e-6
-            )
-
-
-def right_with_warnings() -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert_right()
-    return [str(warning.message) for warning in caught if warning.category is FusionWarning]
 
 
 def test_each_probe_is_simulated() -> None:
@@ -253,76 +155,6 @@ def test_a_lowering_that_raises(when: str, monkeypatch: pytest.MonkeyPatch) -> N
         assert message.startswith(f"compile_moe: the lowering of {op} raised ")
     refusals = explained(lambda x: weight_and_reduce(x, x[:, :, 0]) + 1, torch.ones(3, 2, 8))
     assert any(str(weight_and_reduce) in refusal and "raised" in refusal for refusal in refusals), refusals
-
-
-def raises_at_once(graph: fx.Graph) -> None:
-    raise KeyError("val")
-
-
-def raises_in_between(graph: fx.Graph) -> None:
-    for node in reversed(graph.nodes):
-        if node.op == "call_function":
-            node.replace_all_uses_with(node.all_input_nodes[0], lambda user: user.op == "output")
-            break
-    raise KeyError("val")
-
-
-@pytest.mark.parametrize("bad", [raises_at_once, raises_in_between])
-@pytest.mark.parametrize("position", range(len(graph_passes.PASSES) + 1))
-def test_a_pass_that_raises(
-    position: int, bad: inductor_compat.GraphFunction, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The others run; those before it are not undone."""
-    passes = list(graph_passes.PASSES)
-    passes.insert(position, bad)
-    monkeypatch.setattr(graph_passes, "PASSES", tuple(passes))
-    (message,) = right_with_warnings()
-    assert message.startswith(f"compile_moe: the pass {bad.__name__} raised KeyError: 'val'; ")
-    layer = make_layer(function=overridden)
-    kernel = compile_moe.FusedMoEModularKernel(compile_moe.MoEPrepareAndFinalizeNoEP(), OwnActivation())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FusionWarning)
-        kernels, refusals = compile_moe.explain(kernel, *layer.args)
-    assert refusals == (f"the pass {bad.__name__} raised KeyError: 'val'",)
-    assert [kernel.epilogue != "" for kernel in kernels].count(True) == 1
-
-
-@pytest.mark.parametrize("broken", ["fuse_router", "fuse_router_and_sort", "fuse_epilogue"])
-def test_a_pass_of_ours_that_raises(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where each of them first reads the graph."""
-    passes = {p.__name__: p for p in (fuse_router, fuse_router_and_sort, fuse_epilogue)}
-    assert tuple(passes.values()) == graph_passes.PASSES
-
-    def find_nodes(graph: fx.Graph, **options: Any) -> Any:
-        raise RuntimeError("find_nodes")
-
-    def with_another_graph(graph: fx.Graph) -> None:
-        with mock.patch.object(fx.Graph, "find_nodes", find_nodes):
-            passes[broken](graph)
-
-    with_another_graph.__name__ = broken
-    monkeypatch.setattr(
-        graph_passes,
-        "PASSES",
-        tuple(with_another_graph if name == broken else p for name, p in passes.items()),
-    )
-    (message,) = right_with_warnings()
-    assert message.startswith(f"compile_moe: the pass {broken} raised RuntimeError: find_nodes")
-
-
-def test_warnings_fail_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In these tests, nothing falls back in silence: not even the second time."""
-    monkeypatch.setattr(graph_passes, "PASSES", (raises_at_once,))
-    for _ in range(2):
-        torch._dynamo.reset()
-        with pytest.raises(Exception, match="the pass raises_at_once raised"):
-            torch.compile(lambda x: weight_and_reduce(x, x[:, :, 0]) + 1)(torch.ones(3, 2, 8))
-
-
-def test_a_graph_of_others_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_passes, "PASSES", (raises_at_once,))
-    compile_moe.lowering.register()
-    assert torch.compile(lambda x: x + 1)(torch.ones(3)).tolist() == [2, 2, 2]
 
 
 IMPORT_FAILS = """
