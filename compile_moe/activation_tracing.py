@@ -7,6 +7,7 @@ The callable is traced with make_fx on a small fake tensor (ROWS, N), its in-pla
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 import weakref
 from collections.abc import Callable, Hashable
@@ -88,9 +89,7 @@ def _captured_scalars(function: Any, owner: Any) -> tuple[Hashable, ...]:
         if value is None or steps > _MOST_STEPS or id(value) in seen or isinstance(value, (type, Tensor)):
             return
         seen.add(id(value))
-        own_names = _names(value)
-        if not own_names <= names:
-            names |= own_names
+        names |= _names(value)
         held: list[Any]
         if isinstance(value, types.ModuleType):
             attributes = {} if value.__name__.partition(".")[0] == "torch" else vars(value)
@@ -108,6 +107,8 @@ def _captured_scalars(function: Any, owner: Any) -> tuple[Hashable, ...]:
             held = _held_by_function(value)
         else:
             attributes = getattr(value, "__dict__", {})
+            kind: Any = type(value)
+            names = _with_methods(kind, names)
             reads_any = not names.isdisjoint(_BY_OTHER_NAMES)
             held = [v for n, v in attributes.items() if n in names or (reads_any and isinstance(v, _SCALARS))]
         for v in held:
@@ -129,9 +130,23 @@ def _names(value: Any) -> frozenset[str]:
 
 
 @functools.lru_cache(1000)
+def _with_methods(kind: type, names: frozenset[str]) -> frozenset[str]:
+    """``names``, and those in the methods and properties of ``kind`` that are among them, and so on."""
+    pending, known = set(names), set(names)
+    while pending:
+        member = inspect.getattr_static(kind, pending.pop(), None)
+        member = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+        if isinstance(member, types.FunctionType) and not (member.__module__ or "").startswith("torch."):
+            found = _names_in(member.__code__) - known
+            pending |= found
+            known |= found
+    return frozenset(known)
+
+
+@functools.lru_cache(1000)
 def _names_in(code: types.CodeType) -> frozenset[str]:
     inner = (c for c in code.co_consts if isinstance(c, types.CodeType))
-    return frozenset((*code.co_names, *(name for c in inner for name in c.co_names)))
+    return frozenset(code.co_names).union(*map(_names_in, inner))
 
 
 def _held_by_function(function: types.FunctionType) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from compile_moe.activations import ActivationLike, resolve_activation
@@ -11,9 +10,9 @@ from compile_moe.modular_kernel import FusedMoEModularKernel
 from compile_moe.ops.fused_moe import fused_moe, fused_moe_
 from compile_moe.ops.problem_size import (
     require,
+    require_int,
     require_optional_tensors,
     require_tensors,
-    require_type,
     shape,
 )
 from compile_moe.prepare_finalize import MoEPrepareAndFinalizeNoEP
@@ -72,10 +71,7 @@ def fused_experts(
     refuse_quant_config(quant_config)
     require_tensors(hidden_states=hidden_states, w1=w1, w2=w2, topk_weights=topk_weights, topk_ids=topk_ids)
     require_optional_tensors(expert_map=expert_map, w1_bias=w1_bias, w2_bias=w2_bias)
-    require_type(
-        isinstance(global_num_experts, int | torch.SymInt),
-        lambda: f"global_num_experts must be an int, got {type(global_num_experts).__name__}",
-    )
+    require_int("global_num_experts", global_num_experts)
     require(w1.dim() == 3, lambda: f"w1 must be (E, N, K), got {shape(w1)}")
     resolved = resolve_activation(activation, w1.size(1), hidden_states)
     if resolved.function is not None:

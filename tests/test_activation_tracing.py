@@ -202,6 +202,20 @@ class LimitedByAnyName(LimitedByItsConfiguration):
         return gate.clamp(max=getattr(self.config.text, "_".join(["limit"]))) * up
 
 
+class LimitedThroughItsMethods(LimitedByItsConfiguration):
+    def forward(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return gate.clamp(max=self.bound()) * up
+
+    def bound(self) -> float:
+        return self.of_text
+
+    @property
+    def of_text(self) -> float:
+        return (lambda: (lambda: self.config.text.limit)())()
+
+
+LIMITED_THROUGH_METHODS = LimitedThroughItsMethods()
 LIMITED_BY_ANY_NAME = LimitedByAnyName()
 LIMITED_MODULE = LimitedByItsConfiguration()
 
@@ -215,14 +229,28 @@ LIMITED_MODULE = LimitedByItsConfiguration()
         (limited_by_a_helper, None),
         (LIMITED_MODULE, None),
         (LIMITED_BY_ANY_NAME, None),
+        (LIMITED_THROUGH_METHODS, None),
+        (LimitedThroughItsMethods.forward, LIMITED_THROUGH_METHODS),
         (LimitedByItsConfiguration.forward, LIMITED_MODULE),
         (functools.partial(LimitedByItsConfiguration.forward, LIMITED_MODULE), None),
     ],
-    ids=["dict", "module", "nested dict", "helper", "nn.Module", "any name", "bound method", "partial"],
+    ids=[
+        "dict",
+        "module",
+        "nested dict",
+        "helper",
+        "nn.Module",
+        "any name",
+        "methods",
+        "method through methods",
+        "bound method",
+        "partial",
+    ],
 )
 def test_changed_numbers_are_traced_anew(function: Callable[..., Tensor], owner: Any) -> None:
     for limit in (1.0, 7.0):
         LIMITS["gate"] = BOUNDS.limit = NESTED["limits"]["gate"][0] = limit
-        LIMITED_MODULE.config.text.limit = LIMITED_BY_ANY_NAME.config.text.limit = limit
+        for module in (LIMITED_MODULE, LIMITED_BY_ANY_NAME, LIMITED_THROUGH_METHODS):
+            module.config.text.limit = limit
         text, _ = trace_cached(function, owner, 8)
         assert f"minimum(gate, {limit})" in text

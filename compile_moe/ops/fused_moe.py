@@ -31,7 +31,7 @@ from compile_moe.ops.problem_size import (
     check_ids,
     check_same,
     require,
-    require_type,
+    require_int,
     shape,
 )
 from compile_moe.ops.registry import define_composite, implementation
@@ -102,10 +102,7 @@ def check_experts(
     )
     if not _is_autocast(hidden_states.device.type):
         check_same("hidden_states", hidden_states, w1=w1, w2=w2)
-    require_type(
-        isinstance(global_num_experts, int | torch.SymInt),
-        lambda: f"global_num_experts must be an int, got {type(global_num_experts).__name__}",
-    )
+    require_int("global_num_experts", global_num_experts)
     num_global = num_experts if expert_map is None else expert_map.size(0)
     require(
         global_num_experts in (-1, num_global),

@@ -98,6 +98,12 @@ def require_optional_tensors(**values: object) -> None:
             raise TypeError(f"{name} must be a tensor or None, got {type(value).__name__}")
 
 
+def require_int(name: str, value: object) -> None:
+    require_type(
+        isinstance(value, int | torch.SymInt), lambda: f"{name} must be an int, got {type(value).__name__}"
+    )
+
+
 def check_float_dtype(name: str, t: Tensor) -> None:
     accepted = CUDA_DTYPES if t.device.type == "cuda" else CPU_DTYPES
     require_type(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -235,32 +237,9 @@ def gather_gemm(
     )
 
 
-def _plan(
-    out: Tensor,
-    hidden_states: Tensor,
-    w1: Tensor,
-    sorted_slots: Tensor,
-    expert_offsets: Tensor,
-    topk: int,
-    bias: Tensor | None,
-    epilogue_body: str,
-    layout: str,
-    zero_skipped: bool,
-    precision: Precision,
-) -> Plan:
-    arguments = (
-        out,
-        hidden_states,
-        w1,
-        sorted_slots,
-        expert_offsets,
-        topk,
-        bias,
-        epilogue_body,
-        layout,
-        zero_skipped,
-        precision,
-    )
+def _plan(*arguments: Any) -> Plan:
+    """Arguments: those of :func:`launch_for` behind the tile."""
+    out, hidden_states, w1, _, _, topk, bias, epilogue_body, layout, zero_skipped, precision = arguments
     candidates = tile_candidates(
         out.element_size(),
         out.size(1),

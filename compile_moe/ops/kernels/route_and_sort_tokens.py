@@ -101,11 +101,7 @@ def single_launches(
             route_and_sort_kernel,
             (1,),
             (*arguments, sorted_slots, expert_offsets),
-            {
-                **constants,
-                "ROWS": rows,
-                "num_warps": min(16, max(1, rows * num_positions // 256)),
-            },
+            {**constants, "ROWS": rows, "num_warps": min(16, max(1, rows * num_positions // 256))},
         )
         for rows in TOKEN_BLOCKS
         if rows * num_positions <= MAX_ELEMENTS

@@ -289,10 +289,7 @@ def launch_for(arguments: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
     num_positions = constants["GROUPS_PAD"] * constants["SIZE_PAD"]
     num_warps = min(8, max(1, num_positions // _EXPERTS_PER_WARP))
     return Launch(
-        route_tokens_kernel,
-        (arguments[4],),
-        arguments,
-        {**constants, "ROWS": 1, "num_warps": num_warps},
+        route_tokens_kernel, (arguments[4],), arguments, {**constants, "ROWS": 1, "num_warps": num_warps}
     )
 
 

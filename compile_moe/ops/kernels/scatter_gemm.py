@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -170,17 +172,9 @@ def scatter_gemm(
     launch(_plan, out, intermediate, w2, sorted_slots, expert_offsets, bias, zero_skipped, precision)
 
 
-def _plan(
-    out: Tensor,
-    intermediate: Tensor,
-    w2: Tensor,
-    sorted_slots: Tensor,
-    expert_offsets: Tensor,
-    bias: Tensor | None,
-    zero_skipped: bool,
-    precision: Precision,
-) -> Plan:
-    arguments = (out, intermediate, w2, sorted_slots, expert_offsets, bias, zero_skipped, precision)
+def _plan(*arguments: Any) -> Plan:
+    """Arguments: those of :func:`launch_for` behind the tile."""
+    out, intermediate, w2, _, _, bias, zero_skipped, precision = arguments
     candidates = tile_candidates(
         out.element_size(),
         out.size(1),
