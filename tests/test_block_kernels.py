@@ -11,11 +11,11 @@ import expecttest
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import compile_moe
 from compile_moe import routers
-from tests.support.fake_cuda import GeneratedKernels, cuda_empty, generated_kernels
+from tests.support.fake_cuda import GeneratedKernels, cuda_empty, generated_kernels, with_parameters
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -198,11 +198,13 @@ def transformers_block(name: str, experts: str = "compile_moe") -> list[str]:
     pytest.importorskip("transformers")
     from compile_moe.cli import moe_layer
 
-    made: list[moe_layer.MoELayer] = []
+    made: list[nn.Module] = []
 
     def make() -> list[Tensor]:
         config = moe_layer.configuration(name)
-        made.append(moe_layer.make_layer(config, experts, torch.device("cuda"), torch.bfloat16))
+        layer = moe_layer.make_layer(config, experts, torch.device("cuda"), torch.bfloat16)
+        # DeepSeek's router is in float32 from transformers 5.24.
+        made.append(with_parameters(layer, torch.bfloat16))
         return [cuda_empty(M, config.hidden_size)]
 
     # Folding computes constants on the device.

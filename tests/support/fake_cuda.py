@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -303,3 +303,11 @@ def _load_device_guard() -> None:
 def cuda_empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """A tensor for ``make_args``."""
     return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def with_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """All parameters of a module in ``dtype``; nn.Module.to can't change those of fake tensors."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+    return module
