@@ -6,44 +6,72 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import compile_moe
 
 ROOT = Path(__file__).resolve().parent.parent
 K, I, E, TOPK = 32, 24, 6, 2
+NUM_GLOBAL = 2 * E  # where there is an expert_map
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+def leaky_gate(gate_up: Tensor) -> Tensor:
+    """No activation that has a name."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.leaky_relu(gate.clamp(max=2), 0.1) * (up + 1)
+
+
+def softmax_topk(logits: Tensor) -> tuple[Tensor, Tensor]:
+    return compile_moe.routers.softmax_topk(logits, TOPK, renormalize=True)
+
+
+def written_out(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """As transformers' classes write it."""
+    weights, ids = logits.softmax(-1, dtype=torch.float32).topk(TOPK)
+    return weights / weights.sum(-1, keepdim=True), ids
 
 
 class Block(nn.Module):
     """RMSNorm, router, experts, residual."""
 
-    def __init__(self) -> None:
+    def __init__(self, with_options: bool) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(K)
-        self.router = nn.Linear(K, E, bias=False)
-        self.w1 = nn.Parameter(torch.randn(E, 2 * I, K) * K**-0.5, requires_grad=False)
-        self.w2 = nn.Parameter(torch.randn(E, K, I) * I**-0.5, requires_grad=False)
+        self.router = nn.Linear(K, NUM_GLOBAL if with_options else E, bias=False)
+        self.w1 = nn.Parameter(torch.randn(E, 2 * I, K) * K**-0.5)
+        self.w2 = nn.Parameter(torch.randn(E, K, I) * I**-0.5)
+        self.route = written_out if with_options else softmax_topk
+        self.options: dict[str, Any] = {}
+        if with_options:
+            self.w1_bias, self.w2_bias = nn.Parameter(torch.randn(E, 2 * I)), nn.Parameter(torch.randn(E, K))
+            self.expert_map = nn.Buffer(torch.cat([torch.full((NUM_GLOBAL - E,), -1), torch.arange(E)]))
+            self.options = {"activation": leaky_gate}
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        weights, ids = compile_moe.routers.softmax_topk(self.router(h), TOPK, renormalize=True)
-        return x + compile_moe.fused_experts(h, self.w1, self.w2, weights, ids)
+        weights, ids = self.route(self.router(h))
+        tensors = {name: getattr(self, name, None) for name in ("w1_bias", "w2_bias", "expert_map")}
+        y = compile_moe.fused_experts(h, self.w1, self.w2, weights, ids, **tensors, **self.options)
+        return x + y
 
 
-def export(device: str) -> tuple[Block, torch.export.ExportedProgram]:
-    block = Block().to(device).requires_grad_(False)
+def export(device: str, with_options: bool) -> tuple[Block, torch.export.ExportedProgram]:
+    block = Block(with_options).to(device).requires_grad_(False)
     dynamic = {"x": {0: torch.export.Dim("M", min=2, max=4096)}}
     with torch.no_grad():
         return block, torch.export.export(block, (torch.randn(9, K, device=device),), dynamic_shapes=dynamic)
 
 
-def test_export(device: str, tmp_path: Path) -> None:
-    block, program = export(device)
+@pytest.mark.parametrize("with_options", [False, True], ids=["plain", "options"])
+def test_export(with_options: bool, device: str, tmp_path: Path) -> None:
+    block, program = export(device, with_options)
     torch.export.save(program, tmp_path / "block.pt2")
     loaded = torch.export.load(tmp_path / "block.pt2").module()
     for num_tokens in (2, 9, 300):
@@ -61,8 +89,9 @@ print("ran")
 """
 
 
-def test_aot_inductor(device: str, tmp_path: Path) -> None:
-    block, program = export(device)
+@pytest.mark.parametrize("with_options", [False, True], ids=["plain", "options"])
+def test_aot_inductor(with_options: bool, device: str, tmp_path: Path) -> None:
+    block, program = export(device, with_options)
     with torch.no_grad():
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "block.pt2"))
         inputs = [torch.randn(num_tokens, K, device=device) for num_tokens in (2, 9, 300)]
