@@ -16,6 +16,7 @@ from compile_moe.ops.named_activations import NAMES
 from tests.support.oracle import ACTIVATIONS, CASES, Layer, assert_as_accurate, make_layer, swigluoai
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EXPERTS = ("fused_experts", "TritonExperts", "TorchExperts")
 
 
 def run(layer: Layer, experts: str) -> Tensor:
@@ -31,7 +32,7 @@ def run(layer: Layer, experts: str) -> Tensor:
 
 @pytest.mark.usefixtures("poison_empty")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("experts", ["fused_experts", "TritonExperts", "TorchExperts"])
+@pytest.mark.parametrize("experts", EXPERTS)
 @pytest.mark.parametrize("case", CASES)
 def test_layer(case: str, experts: str, dtype: torch.dtype, device: str) -> None:
     layer = make_layer(**CASES[case], dtype=dtype, device=device)
@@ -94,7 +95,7 @@ CALLABLES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("experts", ["fused_experts", "TritonExperts", "TorchExperts"])
+@pytest.mark.parametrize("experts", EXPERTS)
 @pytest.mark.parametrize("name", CALLABLES)
 def test_callable(name: str, experts: str, device: str) -> None:
     layer = make_layer(
@@ -140,21 +141,31 @@ def test_expert_parallel_shards_add_up(device: str) -> None:
     torch.testing.assert_close(total, run(layer, "fused_experts"), rtol=1e-5, atol=1e-5)
 
 
+#: Everything that an activation can be, with the function that the oracle computes.
+ANY_ACTIVATION: dict[str, tuple[Any, Any]] = {
+    **{name: (name, function) for name, function in ACTIVATIONS.items()},
+    **PARAMETERS,
+    **{name: (function, function) for name, function in CALLABLES.items()},
+}
+
+
 def draw_layer(data: st.DataObject, device: str) -> Layer:
     torch.manual_seed(data.draw(st.integers(0, 2**31), "seed"))
     e = data.draw(st.integers(1, 9), "E")
     mapped = data.draw(st.booleans(), "mapped")
     topk = data.draw(st.integers(1, min(4, 2 * e if mapped else e)), "topk")
     routing = data.draw(st.sampled_from(["random", "one", "empty", "duplicate"]), "routing")
+    activation, function = ANY_ACTIVATION[data.draw(st.sampled_from(sorted(ANY_ACTIVATION)), "activation")]
     return make_layer(
-        M=data.draw(st.integers(0, 40), "M"),
+        M=data.draw(st.integers(0, 40) | st.integers(100, 300), "M"),
         K=data.draw(st.integers(1, 70), "K"),
         I=data.draw(st.integers(1, 50), "I"),
         E=e,
         topk=topk,
         dtype=data.draw(st.sampled_from(DTYPES), "dtype"),
         device=device,
-        activation=data.draw(st.sampled_from(sorted(ACTIVATIONS)), "activation"),
+        activation=activation,
+        function=function,
         routing="random" if routing == "one" and e == 1 else routing,
         transposed=data.draw(st.booleans(), "transposed"),
         biased=data.draw(st.booleans(), "biased"),
@@ -162,16 +173,17 @@ def draw_layer(data: st.DataObject, device: str) -> Layer:
         skipped=data.draw(st.booleans(), "skipped"),
         strided=data.draw(st.booleans(), "strided"),
         ids_dtype=data.draw(st.sampled_from([torch.int32, torch.int64]), "ids"),
+        weights_dtype=data.draw(st.sampled_from(DTYPES), "weights"),
         apply_router_weight_on_input=topk == 1 and data.draw(st.booleans(), "on input"),
     )
 
 
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_any_layer(data: st.DataObject) -> None:
     """Shapes, routings and options drawn at random."""
     layer = draw_layer(data, "cpu")
-    assert_as_accurate(run(layer, "fused_experts"), layer)
+    assert_as_accurate(run(layer, data.draw(st.sampled_from(EXPERTS), "experts")), layer)
 
 
 @pytest.mark.gpu
@@ -179,4 +191,4 @@ def test_any_layer(data: st.DataObject) -> None:
 @given(data=st.data())
 def test_any_layer_on_cuda(data: st.DataObject) -> None:
     layer = draw_layer(data, "cuda")
-    assert_as_accurate(run(layer, "fused_experts"), layer)
+    assert_as_accurate(run(layer, data.draw(st.sampled_from(EXPERTS), "experts")), layer)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import compile_moe.integrations.transformers as integration
 from tests.support.tiny_models import COMMON, FAMILIES, assert_close, tiny_model
@@ -78,6 +79,19 @@ def test_logits_through_inductor(family: str, device: str) -> None:
     # Inductor's own roundings, in attention and norms, are in both.
     peer = torch.compile(with_experts(model, "batched_mm"), fullgraph=True)
     assert_model_close(logits(compiled, ids), model, ids, peer)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_compile_for_all_prompt_lengths(family: str, device: str) -> None:
+    model = tiny_model(family).to(device)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    prompts = [prompt(device, length=length) for length in (7, 2, 3, 40, 100)]
+    torch._dynamo.mark_dynamic(prompts[0], 1)
+    for ids in prompts:
+        assert_model_close(logits(compiled, ids), model, ids)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
