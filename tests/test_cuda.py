@@ -13,9 +13,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import compile_moe
-from compile_moe.ops import gather_gemm, sort_tokens
-from compile_moe.ops.named_activations import program_text
+from compile_moe.ops import sort_tokens
 from compile_moe.ops.sort_tokens import sort_tokens_torch
+from tests.support.block import FusedBlock, assert_block_as_accurate, make_block
 from tests.support.oracle import Layer, assert_as_accurate, make_layer
 from tests.support.precision import tf32
 
@@ -97,6 +97,66 @@ def test_nothing_synchronizes(m: int, compiled: bool) -> None:
     assert_as_accurate(out, layer)
 
 
+ROUTERS: dict[str, Any] = {
+    "softmax_topk": lambda x: compile_moe.routers.softmax_topk(x, 2, renormalize=True),
+    "topk_softmax": lambda x: compile_moe.routers.topk_softmax(x, 2),
+    "sigmoid_grouped_topk": lambda x: compile_moe.routers.sigmoid_grouped_topk(
+        x, 2, correction_bias=x[0].float(), num_expert_group=4, topk_group=2
+    ),
+}
+
+
+@pytest.mark.parametrize("m", [1, 64, 5000])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_routers_do_not_synchronize(router: str, compiled: bool, m: int) -> None:
+    route = ROUTERS[router]
+    function = torch.compile(route, fullgraph=True) if compiled else route
+    logits = torch.randn(m, 32, device="cuda")
+    function(logits)
+    with synchronization_is_an_error():
+        weights, ids = function(logits)
+    expected_weights, expected_ids = route(logits.cpu())
+    order, expected_order = ids.argsort(-1), expected_ids.argsort(-1)
+    assert torch.equal(ids.gather(1, order).cpu(), expected_ids.gather(1, expected_order))
+    torch.testing.assert_close(
+        weights.gather(1, order).cpu(), expected_weights.gather(1, expected_order), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("m", [1, 64, 5000])
+def test_a_compiled_block_does_not_synchronize(m: int) -> None:
+    block = make_block(m, dtype=torch.bfloat16, device="cuda")
+    compiled = torch.compile(FusedBlock(block), fullgraph=True)
+    with torch.no_grad():
+        compiled(block.hidden_states)
+        with synchronization_is_an_error():
+            results = compiled(block.hidden_states)
+    assert_block_as_accurate(results, block)
+
+
+class ScatterAdd(compile_moe.MoEPrepareAndFinalizeNoEP):
+    """A user's own finalize."""
+
+    def finalize(self, output: Tensor, fused_expert_output: Tensor, *args: Any) -> None:
+        weights, on_input = args[0], args[2]
+        terms = fused_expert_output.float()
+        terms = terms if on_input else terms * weights.unsqueeze(-1)
+        output.copy_(terms.sum(1))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_users_finalize_does_not_make_us_synchronize(compiled: bool) -> None:
+    layer = make_layer(M=64, **SHAPE, skipped=True)
+    function: Any = compile_moe.FusedMoEModularKernel(ScatterAdd(), compile_moe.TritonExperts())
+    if compiled:
+        function = torch.compile(function, fullgraph=True)
+    function(*layer.args)
+    with synchronization_is_an_error():
+        out = function(*layer.args)
+    assert_as_accurate(out, layer, 4.0)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 def test_another_current_device() -> None:
     layer = make_layer(M=9, **{**SHAPE, "device": "cuda:1"})
@@ -131,23 +191,6 @@ def test_sort_equals_torch(slots: int, experts: int) -> None:
 def test_many_tokens() -> None:
     layer = make_layer(M=65536, **SHAPE)
     assert_as_accurate(compile_moe.fused_experts(*layer.args), layer)
-
-
-def test_more_than_2_to_the_31_elements() -> None:
-    """S * I passes 2^31: rows at the end of the intermediate are right."""
-    m, topk, k, i, e = 65536, 8, 32, 4224, 4
-    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    w1 = torch.randn(e, 2 * i, k, device="cuda", dtype=torch.bfloat16) * k**-0.5
-    ids = torch.randint(0, e, (m, topk), device="cuda")
-    slots, offsets = sort_tokens(ids, e)
-    out = gather_gemm(x, w1, slots, offsets, topk, None, program_text("silu"))
-    assert out.numel() > 2**31
-    for rows in (slice(0, 300), slice(m * topk - 300, None)):
-        slot = slots[rows].long()
-        expert = ids.flatten()[slot]
-        gate, up = torch.einsum("sk,snk->sn", x[slot // topk].double(), w1[expert].double()).chunk(2, -1)
-        exact = torch.nn.functional.silu(gate) * up
-        assert (out[rows].double() - exact).norm() <= 4e-3 * exact.norm()
 
 
 @pytest.mark.parametrize("allowed", [False, True], ids=["ieee", "tf32"])
