@@ -10,9 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from compile_moe.cli import app, bench, timing
+from compile_moe.cli import app, bench, measurement, timing
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+SHAPE = ("--hidden-size", "64", "--intermediate-size", "32", "--topk", "2")
 
 
 @pytest.fixture(scope="module")
@@ -100,17 +102,118 @@ def test_a_contestant_that_fails(model: str, monkeypatch: pytest.MonkeyPatch) ->
     def fails(*_: Any) -> float:
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(bench, "seconds_per_call", fails)
+    monkeypatch.setattr(measurement, "seconds_per_call", fails)
     result = run("--model", model, "--tokens", "2", "--contestants", "eager")
     assert result.exit_code == 0 and "out of memory" in result.stdout
+
+
+def test_a_layer_larger_than_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The others are measured all the same."""
+    make_layer, file = bench.make_layer, tmp_path / "numbers.json"
+
+    def make(config: Any, *rest: Any) -> Any:
+        if config.num_experts > 8:
+            raise torch.OutOfMemoryError("no memory")
+        return make_layer(config, *rest)
+
+    monkeypatch.setattr(bench, "make_layer", make)
+    result = run(
+        *SHAPE, "--num-experts", "8,16", "--tokens", "2", "--contestants", "eager", "--json", str(file)
+    )
+    assert result.exit_code == 0, result.output
+    fits, does_not = json.loads(file.read_text())["measurements"]
+    assert (fits["num_experts"], fits["failure"], fits["microseconds"] > 0) == (8, "", True)
+    assert (does_not["num_experts"], does_not["failure"], does_not["microseconds"]) == (
+        16,
+        "out of memory",
+        None,
+    )
+
+
+def test_an_own_shape_over_numbers_of_experts(tmp_path: Path) -> None:
+    file = tmp_path / "numbers.json"
+    arguments = ["--num-experts", "4,16", "--tokens", "3", "--part", "experts", "--contestants", "eager"]
+    result = run(*SHAPE, *arguments, "--json", str(file))
+    assert result.exit_code == 0, result.output
+    numbers = json.loads(file.read_text())
+    assert numbers["model"] == "hidden size 64, intermediate size 32, topk 2"
+    few, many = numbers["measurements"]
+    assert (few["num_experts"], many["num_experts"]) == (4, 16)
+    # The same arithmetic; more bytes where the same choices hit more experts.
+    assert few["work"]["flops"] == many["work"]["flops"] == 2 * 3 * 2 * 3 * 64 * 32
+    assert few["work"]["num_bytes"] < many["work"]["num_bytes"]
+    lines = [line.split("│") for line in result.stdout.splitlines() if "│" in line]
+    assert [[cell.strip() for cell in line[1:4]] for line in lines] == [
+        ["4", "3", "eager"],
+        ["16", "3", "eager"],
+    ]
+
+
+def test_peers_that_are_not_installed(tmp_path: Path) -> None:
+    file = tmp_path / "numbers.json"
+    arguments = ["--num-experts", "4", "--tokens", "1,2", "--part", "experts", "--json", str(file)]
+    result = run(*SHAPE, *arguments, "--contestants", "eager,vllm,sonicmoe,scattermoe,triton_kernels")
+    assert result.exit_code == 0, result.output
+    measured = json.loads(file.read_text())["measurements"]
+    assert all((m["failure"] == "") is (m["contestant"] == "eager") for m in measured)
+    assert result.stdout.count("vllm: not installed; install it by: pip install vllm") == 1
+    rows = [line.split("│") for line in result.stdout.splitlines() if "│" in line]
+    assert [row[3].strip() for row in rows if row[2].strip() == "vllm"] == ["not installed"] * 2
+
+
+def test_one_wrong_token_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of experts whose routing is given, every token counts."""
+    import transformers
+
+    def wrong(self: Any, hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+        result = torch.zeros_like(hidden_states)
+        for token in range(hidden_states.size(0)):
+            for expert, weight in zip(*(r[token] for r in routing), strict=True):
+                gate_up = self._apply_gate(self.gate_up_proj[expert] @ hidden_states[token])
+                result[token] += weight * (self.down_proj[expert] @ gate_up)
+        result[-1] *= 1.01
+        return result
+
+    interface = transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS
+    monkeypatch.setitem(interface._local_mapping, "grouped_mm", wrong)
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    arguments = [*SHAPE, "--num-experts", "4", "--tokens", "9", "--contestants", "grouped_mm"]
+    result = run(*arguments, "--part", "experts")
+    assert result.exit_code == 0 and "wrong result, by 1.0e-02" in result.stdout, result.stdout
+
+
+def test_peak_is_over_inputs_and_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated = iter([1000, 1064])  # before, and with a result of 64 bytes
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: next(allocated))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 1300)
+    assert measurement.peak(lambda: None, torch.device("cuda")) == 300 - 64
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (
-            ["--contestants", "vllm"],
-            "--contestants must be of compile_moe, grouped_mm, batched_mm, eager, got vllm",
+            ["--contestants", "tutel"],
+            "--contestants must be of compile_moe, grouped_mm, batched_mm, eager, vllm, sonicmoe, scattermoe, "
+            "triton_kernels, got tutel",
+        ),
+        (
+            ["--contestants", "eager,vllm"],
+            "--contestants vllm: other libraries compute the experts alone; add --part experts",
+        ),
+        (
+            ["--num-experts", "8"],
+            "a shape of your own needs --hidden-size, --intermediate-size, --num-experts,",
+        ),
+        (["--num-experts", "8,x"], "must be numbers separated by commas, got 8,x"),
+        ([*SHAPE, "--num-experts", "8,1"], "--topk must be at most --num-experts, got 2 of 1"),
+        (["--model", "qwen3-30b-a3b", *SHAPE], "--model or a shape of your own, not both; got --hidden-size"),
+        (["--host"], "--host needs a CUDA device"),
+        (["--plot", "times.pdf"], "--plot must name a file that ends in .png or .svg, got times.pdf"),
+        (
+            [*SHAPE, "--num-experts", "8,16", "--tokens", "1,2", "--plot", "times.png"],
+            "--plot draws over --tokens or over --num-experts, got 2 and 2 numbers; give one number of either",
         ),
         (["--part", "attention"], "--part must be of block, experts, got attention"),
         (["--tokens", "0"], "--tokens must be at least 1, got 0"),
@@ -126,9 +229,15 @@ def test_refusals(arguments: list[str], message: str) -> None:
     assert message in " ".join(result.output.replace("│", " ").split())
 
 
-def test_file_that_cannot_be_written(model: str, tmp_path: Path) -> None:
-    result = run("--model", model, "--json", str(tmp_path / "no-such-folder" / "numbers.json"))
-    assert result.exit_code == 2 and "can't be written: No such file or directory" in result.output
+@pytest.mark.parametrize(("option", "name"), [("--json", "numbers.json"), ("--plot", "times.svg")])
+def test_file_that_cannot_be_written(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, name: str
+) -> None:
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("refused too late"))
+    file = tmp_path / "no-such-folder" / name
+    result = run("--model", model, option, str(file))
+    assert result.exit_code == 2
+    assert f"{option} {file} can't be written: No such file or directory" in result.output
 
 
 def test_median_of_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +263,6 @@ def test_on_a_gpu(model: str, part: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["bench", "--contestants", "compile_moe,grouped_mm", *arguments])
     assert result.exit_code == 0, result.output
     for m in json.loads(file.read_text())["measurements"]:
-        assert m["failure"] == "" and m["microseconds"] > 0 and m["memory"] > 0, m
+        assert m["failure"] == "" and m["microseconds"] > 0 and m["memory"] > 0 and m["replayed"], m
         ours = m["contestant"] == "compile_moe"
         assert any("gather_gemm" in kernel for kernel in m["kernels"]) is ours, m

@@ -18,6 +18,9 @@ from compile_moe.ops.kernels import (
 )
 from compile_moe.ops.kernels.launch import Launch
 from compile_moe.ops.kernels.tiles import DeviceLimits, is_vectorized, tile_candidates
+from compile_moe.ops.kernels.warp_specialized import gather_gemm as warp_gather
+from compile_moe.ops.kernels.warp_specialized import row_tiles, zero_skipped
+from compile_moe.ops.kernels.warp_specialized import scatter_gemm as warp_scatter
 from compile_moe.ops.named_activations import NAMES, program_text
 from tests.support.aot import CAPABILITIES, SHARED_MEMORY_BUDGET, CompiledKernel, compile_ahead
 
@@ -80,6 +83,39 @@ def test_gemms(shape: str, precision: str, capability: int) -> None:
             tile, empty(s, k, dtype=dtype), out, w2, slots, offsets, b2, False, kind
         )
         compile_launch(launch, capability, spills)
+
+
+#: K, I, activation, whether biased, dtype.
+WARP_SPECIALIZED = {
+    "plain": (2048, 768, "silu", False, torch.bfloat16),
+    "interleaved-biased": (2880, 2880, "swigluoai", True, torch.bfloat16),
+    "ungated": (1000, 504, "relu2_no_mul", False, torch.float16),
+    "an expensive epilogue, odd sizes": (1000, 504, "gelu", True, torch.float16),
+}
+
+
+@pytest.mark.parametrize("case", WARP_SPECIALIZED)
+def test_warp_specialized(case: str) -> None:
+    k, i, activation, biased, dtype = WARP_SPECIALIZED[case]
+    program = parse(program_text(activation))
+    n, e, topk, m = 2 * i if program.gated else i, 8, 2, 512
+    # Descriptors look at the address.
+    x, w1, w2, rows, out = (
+        torch.empty(shape, dtype=dtype)
+        for shape in ((m, k), (e, n, k), (e, k, i), (m * topk, i), (m * topk, k))
+    )
+    bias1, bias2 = (empty(e, n, dtype=dtype), empty(e, k, dtype=dtype)) if biased else (None, None)
+    slots, offsets = empty(m * topk), empty(e + 1)
+    tiles = row_tiles.scratch(slots, e)
+    body, layout = program.triton_source(), program.layout
+    for launch in (
+        *warp_gather.launches_for(tiles, rows, x, w1, slots, offsets, topk, bias1, body, layout),
+        *warp_scatter.launches_for(tiles, out, rows, w2, slots, offsets, bias2),
+    ):
+        compiled = compile_launch(launch, 90)
+        assert compiled.has_wgmma == ("gemm" in launch.kernel.__name__)
+    for scattered in (False, True):
+        compile_launch(zero_skipped.launch_for(out, slots, offsets, e, scattered), 90)
 
 
 @pytest.mark.parametrize("name", NAMES)

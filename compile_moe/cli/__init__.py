@@ -1,4 +1,4 @@
-"""Command line of the library: ``compile-moe demo``, ``bench`` and ``explain``."""
+"""Command line of the library: ``compile-moe demo``, ``bench``, ``explain`` and ``tune``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from compile_moe.cli.bench import CONTESTANTS, BenchOptions, run_bench
+from compile_moe.cli.bench import BenchOptions, own_shapes, run_bench
+from compile_moe.cli.contestants import CONTESTANTS
 from compile_moe.cli.demo import DemoOptions, run_demo
 from compile_moe.cli.explain import ExplainOptions, own_shape, run_explain
 from compile_moe.cli.moe_layer import MODELS
 from compile_moe.cli.refusal import Refusal
+from compile_moe.cli.tune import TuneOptions, run_tune
 
 app = typer.Typer(
     name="compile-moe", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
@@ -61,8 +63,17 @@ def demo(
 @app.command("bench")
 def bench_command(
     model: Annotated[
-        str, typer.Option(help=f"{', '.join(MODELS)}; or a folder with a config.json.")
-    ] = BenchOptions.model,
+        str | None,
+        typer.Option(
+            help=f"{', '.join(MODELS)}; or a folder with a config.json. Default: qwen3-30b-a3b, unless sizes are given."
+        ),
+    ] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="K, of a shape of your own.")] = None,
+    intermediate_size: Annotated[int | None, typer.Option(help="I, of one expert.")] = None,
+    num_experts: Annotated[
+        str | None, typer.Option(help="Numbers of experts, separated by commas: the same work over each.")
+    ] = None,
+    topk: Annotated[int | None, typer.Option(help="Experts of a token.")] = None,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = ",".join(
         map(str, BenchOptions.tokens)
     ),
@@ -73,25 +84,43 @@ def bench_command(
         ),
     ] = BenchOptions.part,
     contestants: Annotated[
-        str, typer.Option(help=f"Of {', '.join(CONTESTANTS)}, separated by commas.")
+        str,
+        typer.Option(
+            help=f"Of {', '.join(CONTESTANTS)}, separated by commas; other libraries with --part experts only."
+        ),
     ] = ",".join(BenchOptions.contestants),
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json: Annotated[Path | None, typer.Option(help="File for all numbers and the kernels' names.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="File, .png or .svg, for the times over tokens or experts, their floor and the roofline."
+        ),
+    ] = None,
+    host: Annotated[
+        bool,
+        typer.Option(
+            "--host",
+            help="Also compare the host time of an eager call with that of its kernels' bare launches.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = BenchOptions.seed,
 ) -> None:
-    """Time a MoE layer with our experts and with those of transformers, side by side.
+    """Time a MoE layer with our experts and with those of transformers and other libraries, side by side.
 
-    Compiled, with a dynamic number of tokens; on a GPU, replayed as a CUDA graph over 8 inputs.
-    Results are compared before anything is timed.
+    Compiled, with a dynamic number of tokens; on a GPU, replayed as a CUDA graph over 8 inputs. Other libraries run as
+    they are. Results are compared before anything is timed.
     """
-    try:
-        numbers = tuple(int(number) for number in tokens.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"must be numbers separated by commas, got {tokens}") from None
-    names = tuple(contestants.split(","))
+    numbers, names = _numbers(tokens), tuple(contestants.split(","))
+    experts = None if num_experts is None else _numbers(num_experts)
     with _refusing():
-        run_bench(BenchOptions(model, numbers, part, names, device, dtype, json, seed))
+        shapes = own_shapes(hidden_size, intermediate_size, experts, topk, model)
+        run_bench(
+            BenchOptions(
+                model, shapes, numbers, part, names, device, dtype, json=json, plot=plot, host=host, seed=seed
+            )
+        )
 
 
 @app.command("explain")
@@ -147,6 +176,54 @@ def explain_command(
         run_explain(
             ExplainOptions(model, shape, tokens, static, activation, experts, device, dtype, html, svg)
         )
+
+
+@app.command("tune")
+def tune_command(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{', '.join(MODELS)}; or a folder with a config.json. Default: qwen3-30b-a3b, unless sizes are given."
+        ),
+    ] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="K, of a shape of your own.")] = None,
+    intermediate_size: Annotated[int | None, typer.Option(help="I, of one expert.")] = None,
+    num_experts: Annotated[int | None, typer.Option(help="Number of experts.")] = None,
+    topk: Annotated[int | None, typer.Option(help="Experts of a token.")] = None,
+    tokens: Annotated[
+        str,
+        typer.Option(help="Numbers of tokens, separated by commas; each serves those from half to twice it."),
+    ] = ",".join(map(str, TuneOptions.tokens)),
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    skew: Annotated[
+        float,
+        typer.Option(help="Exponent of the skewed routing: the expert of rank r is as likely as r ** -skew."),
+    ] = TuneOptions.skew,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results. Default: where layers look for them.")
+    ] = None,
+) -> None:
+    """Time both GEMMs of a layer with every sensible tile on this GPU, and keep the best for later runs.
+
+    Even and skewed routing count alike. Interrupted, the same command goes on where it was.
+    """
+    sizes = {
+        "--hidden-size": hidden_size,
+        "--intermediate-size": intermediate_size,
+        "--num-experts": num_experts,
+        "--topk": topk,
+    }
+    with _refusing():
+        shape = own_shape(sizes, model, 0)
+        run_tune(TuneOptions(model, shape and shape[:4], _numbers(tokens), dtype, device, skew, output))
+
+
+def _numbers(given: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in given.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"must be numbers separated by commas, got {given}") from None
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Shared memory that one block may have, in bytes, by compute capability (sm_89 and sm_86 have what sm_120 has).
 SHARED_MEMORY_BUDGET = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -34,6 +36,9 @@ _TYPE_NAMES = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e5m2: "fp8e5",
 }
+
+
+Argument = Tensor | TensorDescriptor | int | float | str | None
 
 
 class CompiledKernel(NamedTuple):
@@ -57,7 +62,7 @@ class CompiledKernel(NamedTuple):
 
 def compile_ahead(
     kernel: Any,
-    arguments: Sequence[Tensor | int | float | str | None] | Mapping[str, Tensor | int | float | str | None],
+    arguments: Sequence[Argument] | Mapping[str, Argument],
     constants: Mapping[str, Any] | None = None,
     *,
     capability: int,
@@ -68,7 +73,7 @@ def compile_ahead(
     """Compile ``kernel`` as a launch with these arguments would.
 
     Args:
-        kernel: a function decorated with ``@triton.jit``.
+        kernel: a function decorated with ``@triton.jit`` or ``@gluon.jit``.
         arguments: the launch's arguments, in order or by name. A tensor stands for a 16-byte aligned pointer and
             may be on the meta device; a string is a Triton type ("*bf16", "i32") for a value that nothing is
             known of. Integers are specialized on == 1 and on divisibility by 16 as in a launch, unless the
@@ -102,8 +107,9 @@ def compile_ahead(
         aligned = isinstance(value, Tensor) or (type(value) is int and value % 16 == 0)
         if specialize and aligned:
             attributes[(position,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
     compiled = triton.compile(
-        ASTSource(
+        source(
             kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constexprs.items()}, attributes
         ),
         target=GPUTarget("cuda", capability, 32),
@@ -120,9 +126,11 @@ def compile_ahead(
     )
 
 
-def _type_name(value: Tensor | int | float | str) -> str:
+def _type_name(value: Tensor | TensorDescriptor | int | float | str) -> str:
     if isinstance(value, str):
         return value
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPE_NAMES[value.base.dtype]}{value.block_shape},{value.layout!r}>"
     if isinstance(value, Tensor):
         return f"*{_TYPE_NAMES[value.dtype]}"
     if isinstance(value, bool):

@@ -22,7 +22,7 @@ def epilogue(gate, up):
 
 
 @functools.cache
-def _build_epilogue(body: str) -> Any:
+def build_epilogue(body: str) -> Any:
     """``@triton.jit`` function (gate, up) with the given body lines."""
     source = "def epilogue(gate, up):\n" + textwrap.indent(body, "    ") + "\n"
     filename = f"<compile_moe epilogue {hashlib.sha256(source.encode()).hexdigest()[:16]}>"
@@ -40,7 +40,7 @@ def with_epilogue(kernel: Callable[..., None], body: str, do_not_specialize: tup
     An empty body leaves the placeholder: the gate passes through. Built once for each pair, so that Triton's caches,
     which hash the sources of called functions, see a distinct kernel.
     """
-    replaced = _build_epilogue(body) if body else epilogue
+    replaced = build_epilogue(body) if body else epilogue
     copy = types.FunctionType(
         kernel.__code__,
         {**kernel.__globals__, "epilogue": replaced},

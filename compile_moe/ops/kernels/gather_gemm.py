@@ -9,19 +9,20 @@ import triton.language as tl
 from torch import Tensor
 
 from compile_moe.ops.kernels.epilogue import epilogue, with_epilogue
+from compile_moe.ops.kernels.gemm_problem import GemmProblem, gemm_problem
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 from compile_moe.ops.kernels.precision import Precision, accumulate, dot_precision
 from compile_moe.ops.kernels.tiles import (
     Tile,
-    choose_tile,
-    device_limits,
     grouped_order,
-    is_vectorized,
     locate_tile,
     max_row_tiles,
     row_stride,
-    tile_candidates,
 )
+from compile_moe.ops.kernels.tuned_tiles import tile_choice
+from compile_moe.ops.kernels.warp_specialized import gather_gemm as warp_specialized
+from compile_moe.ops.kernels.warp_specialized import row_tiles
+from compile_moe.ops.kernels.warp_specialized import zero_skipped as zero_skipped_rows
 
 DO_NOT_SPECIALIZE = ("num_slots", "num_row_tiles")
 
@@ -234,21 +235,38 @@ def gather_gemm(
         layout,
         zero_skipped,
         dot_precision(out.dtype),
+        row_tiles.scratch_if_needed(sorted_slots, w1),
     )
+
+
+def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
+    """Arguments: those of :func:`launch_for` behind the tile, and memory for row tiles, or None for some."""
+    *arguments, tiles = arguments  # type: ignore[assignment]
+    if not tile.warp_specialized:
+        return (launch_for(tile, *arguments),)
+    out, _, w1, sorted_slots, expert_offsets, *_, zero_skipped, _ = arguments
+    if tiles is None:
+        tiles = row_tiles.scratch(sorted_slots, w1.size(0))
+    launches: tuple[Launch, ...] = warp_specialized.launches_for(tiles, *arguments[:-2])
+    if zero_skipped:
+        skipped = zero_skipped_rows.launch_for(out, sorted_slots, expert_offsets, w1.size(0), False)
+        launches = (*launches, skipped)
+    return launches
+
+
+def problem_of(*arguments: Any) -> GemmProblem:
+    """Arguments: those of :func:`launches_for` behind the tile."""
+    out, hidden_states, w1, *_, layout, _, precision, _ = arguments
+    return gemm_problem("gather_gemm", out, hidden_states, w1, layout, precision)
 
 
 def _plan(*arguments: Any) -> Plan:
-    """Arguments: those of :func:`launch_for` behind the tile."""
-    out, hidden_states, w1, _, _, topk, bias, epilogue_body, layout, zero_skipped, precision = arguments
-    candidates = tile_candidates(
-        out.element_size(),
-        out.size(1),
-        w1.size(2),
-        1 if layout == "ungated" else 2,
-        is_vectorized(hidden_states, w1),
-        device_limits(out.device.index),
-    )
-    chosen = launch_for(choose_tile(candidates, out.size(0), w1.size(0)), *arguments)
+    """Arguments: those of :func:`launches_for` behind the tile."""
+    out, _, w1, _, _, topk, bias, epilogue_body, layout, zero_skipped, precision, _ = arguments
+    problem = problem_of(*arguments)
+    tile, candidates = tile_choice(problem, out.size(0), out.device.index)
+    # The arguments that code depends on are those of every tile.
+    like = launch_for(candidates[0], *arguments[:-1])
     key = (
         "gather_gemm",
         epilogue_body,
@@ -258,7 +276,12 @@ def _plan(*arguments: Any) -> Plan:
         bias is not None,
         topk,
         tuple(w1.shape),
-        chosen.args[12:],
-        *map(pointer_key, chosen.args[:6]),
+        problem.has_boxes,
+        like.args[12:],
+        *map(pointer_key, like.args[:6]),
     )
-    return Plan(key, (chosen,), lambda: [launch_for(tile, *arguments) for tile in candidates])
+
+    def variants() -> list[Launch]:
+        return [launch for tile in candidates for launch in launches_for(tile, *arguments)]
+
+    return Plan(key, launches_for(tile, *arguments), variants)

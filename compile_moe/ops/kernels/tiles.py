@@ -21,6 +21,7 @@ class Tile(NamedTuple):
     swapped: bool = (
         False  # the weights are the left operand, whose rows the tensor cores read from shared memory
     )
+    warp_specialized: bool = False  # the kernels of ``warp_specialized``, which have one tile
 
 
 class DeviceLimits(NamedTuple):
@@ -30,6 +31,7 @@ class DeviceLimits(NamedTuple):
     async_mma: (
         bool  # tensor cores that read operands from shared memory: sm_90 and sm_100, not sm_80 and sm_120
     )
+    warp_specialized: bool = False  # runs the kernels of ``warp_specialized``: sm_90
 
 
 @triton.jit
@@ -87,7 +89,13 @@ def device_limits(device_index: int | None) -> DeviceLimits:
     if device_index is None:
         return DeviceLimits(shared_memory=232448, async_mma=True)
     properties: Any = torch.cuda.get_device_properties(device_index)
-    return DeviceLimits(properties.shared_memory_per_block_optin, properties.major in (9, 10))
+    major = properties.major
+    return DeviceLimits(properties.shared_memory_per_block_optin, major in (9, 10), major == 9)
+
+
+#: The tile of the warp-specialized kernels, and the rows of an average expert from which they can pay.
+WARP_SPECIALIZED = Tile(256, 128, 64, 4, 4, warp_specialized=True)
+WARP_SPECIALIZED_FROM = 64
 
 
 #: Row tiles, and the most rows of an average expert for which each is taken: with room to spare where a second tile
@@ -133,9 +141,9 @@ def tile_candidates(
         else:
             tile = Tile(block_m, 256 if limits.async_mma else 128, 64, 3, 8)
         tile = tile._replace(block_n=tile.block_n // num_accumulators)
-        while _shared_memory(tile, itemsize, num_accumulators) > limits.shared_memory and tile.num_stages > 2:
+        while shared_memory(tile, itemsize, num_accumulators) > limits.shared_memory and tile.num_stages > 2:
             tile = tile._replace(num_stages=tile.num_stages - 1)
-        while _shared_memory(tile, itemsize, num_accumulators) > limits.shared_memory and tile.block_k > 32:
+        while shared_memory(tile, itemsize, num_accumulators) > limits.shared_memory and tile.block_k > 32:
             tile = tile._replace(block_k=tile.block_k // 2)
         # Narrow matrices: no tile wider than the next power of two of the columns.
         block_n = max(16, min(tile.block_n, triton.next_power_of_2(num_columns)))
@@ -160,7 +168,7 @@ def is_vectorized(x: torch.Tensor, w: torch.Tensor) -> bool:
     return all(stride == 1 or stride % 16 == 0 for stride in strides)
 
 
-def _shared_memory(tile: Tile, itemsize: int, num_accumulators: int) -> int:
+def shared_memory(tile: Tile, itemsize: int, num_accumulators: int) -> int:
     return tile.num_stages * tile.block_k * (tile.block_m + num_accumulators * tile.block_n) * itemsize
 
 

@@ -1,0 +1,33 @@
+"""What ``compile-moe bench`` times: a model's layer with each experts implementation of transformers, and the expert
+kernels of other libraries, one file each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from compile_moe.cli.contestants import scattermoe, sonicmoe, triton_kernels, vllm
+from compile_moe.cli.contestants.contestant import Contestant
+from compile_moe.cli.contestants.expert_weights import ExpertWeights, weights_of
+from compile_moe.cli.contestants.transformers_experts import NAMES, contestant_of
+from compile_moe.cli.moe_layer import MoELayer, experts_of
+
+#: Other libraries, which compute the experts alone.
+PEERS: dict[str, Callable[[ExpertWeights], Contestant]] = {
+    "vllm": vllm.make,
+    "sonicmoe": sonicmoe.make,
+    "scattermoe": scattermoe.make,
+    "triton_kernels": triton_kernels.make,
+}
+CONTESTANTS = (*NAMES, *PEERS)
+
+
+def make_contestant(name: str, layer: MoELayer, is_block: bool) -> Contestant:
+    """The contestant called ``name``; a peer copies the weights into the layout that it takes.
+
+    Raises:
+        Unavailable: a peer that is not installed, or that can't compute these experts.
+    """
+    if name in PEERS:
+        return PEERS[name](weights_of(experts_of(layer)))
+    return contestant_of(name, layer, is_block)

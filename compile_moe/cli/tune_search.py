@@ -1,0 +1,177 @@
+"""The search of ``compile-moe tune``: which tile is the fastest for one GEMM at one number of tokens."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from compile_moe.cli.language_model import one_line
+from compile_moe.cli.refusal import Refusal
+from compile_moe.cli.timing import seconds_per_call
+from compile_moe.cli.tune_journal import Journal, Outcome
+from compile_moe.ops.tuning import Gemm, GemmProblem, Tile
+
+#: Seconds of one of the GEMMs with a tile; they are the same but for the routing.
+Timer = Callable[[Sequence[Gemm], Tile], float]
+#: Largest difference from the heuristic tile's result, relative, in the L2 norm. Both are float32 sums, rounded once.
+_MOST_DIFFERENCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+#: The best of one measurement each are measured again, in turns with the heuristic's tile: the least of many
+#: measurements is partly luck.
+_FINALISTS = 4
+_ROUNDS = 3
+#: Another tile must be this much faster than the heuristic's.
+_LEAST_GAIN = 0.01
+
+
+class Case(Protocol):
+    """One GEMM at one number of tokens."""
+
+    @property
+    def problem(self) -> GemmProblem: ...
+    @property
+    def num_slots(self) -> int: ...
+    @property
+    def heuristic_tile(self) -> Tile: ...
+    def tiles(self) -> tuple[Tile, ...]: ...
+    def compile(self, tiles: Sequence[Tile]) -> None: ...
+    def measure(self, tile: Tile) -> tuple[float, ...]: ...
+
+
+class Found(NamedTuple):
+    """The result of a search; seconds are means over the kinds of routing."""
+
+    problem: GemmProblem
+    num_slots: int
+    heuristic_tile: Tile
+    heuristic_seconds: float
+    tile: Tile
+    seconds: float
+    num_failed: int
+
+
+def time_on_device(gemms: Sequence[Gemm], tile: Tile) -> float:
+    """On a GPU as a CUDA graph of all of them."""
+    device = gemms[0].out.device
+    calls = [lambda gemm=gemm: gemm.run(tile) for gemm in gemms]
+    return seconds_per_call(calls, device, device.type == "cuda")
+
+
+class DeviceCase:
+    """A case on this machine's device.
+
+    Args:
+        kinds: for each kind of routing, the GEMM on several routings.
+    """
+
+    def __init__(self, kinds: Sequence[Sequence[Gemm]], timer: Timer = time_on_device) -> None:
+        self._kinds = kinds
+        self._timer = timer
+        self._expected: list[Tensor] = []
+        first = kinds[0][0]
+        self.problem = first.problem
+        self.num_slots = first.num_slots
+        self.heuristic_tile = first.heuristic_tile
+        self.tiles = first.tiles
+
+    def compile(self, tiles: Sequence[Tile]) -> None:
+        """In threads. What fails here fails again, by itself, when it is measured."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for attempt in [pool.submit(self._kinds[0][0].compile, tile) for tile in tiles]:
+                attempt.exception()
+
+    def measure(self, tile: Tile) -> tuple[float, ...]:
+        """Seconds for each kind of routing.
+
+        Raises:
+            ValueError: a result that differs from the heuristic tile's; it is not timed.
+            Exception: whatever compiling or launching raises.
+        """
+        if not self._expected:
+            self._expected = [self._result(gemms[0], self.heuristic_tile) for gemms in self._kinds]
+        for gemms, expected in zip(self._kinds, self._expected, strict=True):
+            difference = float((self._result(gemms[0], tile) - expected).norm() / expected.norm())
+            if not difference <= _MOST_DIFFERENCE[gemms[0].out.dtype]:
+                raise ValueError(f"wrong result, by {difference:.1e}")
+        return tuple(self._timer(gemms, tile) for gemms in self._kinds)
+
+    def _result(self, gemm: Gemm, tile: Tile) -> Tensor:
+        gemm.out.fill_(torch.nan)  # what is not written shows
+        gemm.run(tile)
+        return gemm.out.float() if gemm.out.dtype is not torch.float32 else gemm.out.clone()
+
+
+def search(case: Case, journal: Journal, on_progress: Callable[[str, int, int], None]) -> Found:
+    """Measure every tile that the journal doesn't know, then the best ones again.
+
+    Args:
+        on_progress: called with what is being done, tiles done and tiles in all.
+
+    Raises:
+        Refusal: the heuristic's tile fails, or the device does.
+    """
+    gemm, slots, heuristic = case.problem.gemm, case.num_slots, case.heuristic_tile
+    tiles = tuple(dict.fromkeys([heuristic, *case.tiles()]))
+    left = [tile for tile in tiles if journal.get(gemm, slots, tile) is None]
+    done = len(tiles) - len(left)
+    on_progress("compiling", done, len(tiles))
+    case.compile(left)
+    for tile in left:
+        on_progress("timing", done, len(tiles))
+        outcome = _outcome(case, tile)
+        journal.add(gemm, slots, tile, outcome)
+        _check_device(outcome, tile)
+        done += 1
+    outcomes = {tile: journal.get(gemm, slots, tile) or Outcome() for tile in tiles}
+    baseline = outcomes[heuristic]
+    if not baseline.seconds:
+        raise Refusal(
+            f"{gemm} can't be tuned for {slots} slots, because it fails with the tile it has without tuning, "
+            f"{heuristic}: {baseline.failure}; please report this"
+        )
+    times = {tile: outcome.seconds for tile, outcome in outcomes.items() if outcome.seconds}
+    ranked = sorted(times, key=lambda tile: _ratio(times[tile], baseline.seconds))
+    finalists = list(dict.fromkeys([heuristic, *ranked[:_FINALISTS]]))
+    on_progress("timing the best again", done, len(tiles))
+    rounds = [{tile: case.measure(tile) for tile in finalists} for _ in range(_ROUNDS)]
+    ratios = {
+        tile: statistics.median(_ratio(each[tile], each[heuristic]) for each in rounds) for tile in finalists
+    }
+    best = min(finalists, key=lambda tile: ratios[tile])
+    if ratios[best] > 1 - _LEAST_GAIN:
+        best = heuristic
+    heuristic_seconds = statistics.median(statistics.mean(each[heuristic]) for each in rounds)
+    seconds = statistics.median(statistics.mean(each[best]) for each in rounds)
+    return Found(case.problem, slots, heuristic, heuristic_seconds, best, seconds, len(outcomes) - len(times))
+
+
+def _outcome(case: Case, tile: Tile) -> Outcome:
+    try:
+        return Outcome(seconds=case.measure(tile))
+    except torch.OutOfMemoryError:  # of the inputs, not of the tile
+        raise
+    except Exception as error:  # whatever a compiler or a driver raises for this tile
+        return Outcome(failure=f"{type(error).__name__}: {one_line(error)[:200]}")
+
+
+def _check_device(outcome: Outcome, tile: Tile) -> None:
+    """Some errors leave the whole process without its GPU."""
+    if not outcome.failure or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise Refusal(
+            f"{tile} made the device fail ({outcome.failure}); run the same command again: it skips this tile and "
+            "goes on behind it"
+        ) from error
+
+
+def _ratio(seconds: Sequence[float], baseline: Sequence[float]) -> float:
+    """Mean over the kinds of routing."""
+    return statistics.mean(s / b for s, b in zip(seconds, baseline, strict=True))

@@ -1,0 +1,112 @@
+"""The choice of a tile: a tuned one where the user tuned this GEMM on this device, else the heuristic's."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from compile_moe.ops.kernels.gemm_problem import GemmProblem, Shape
+from compile_moe.ops.kernels.tile_file import TunedTiles, file_name, parse, tiles_folder
+from compile_moe.ops.kernels.tiles import (
+    WARP_SPECIALIZED,
+    WARP_SPECIALIZED_FROM,
+    Tile,
+    choose_tile,
+    device_limits,
+    tile_candidates,
+)
+
+#: Tuned tiles serve numbers of slots that differ from the tuned one by at most this factor.
+_REACH = 2
+
+
+class TunedTilesWarning(UserWarning):
+    """A file of tuned tiles is ignored. Results are right, but may come slower."""
+
+
+class TileChoice(NamedTuple):
+    """A tile, and all that other numbers of slots would choose for the same problem."""
+
+    tile: Tile
+    candidates: tuple[Tile, ...]
+
+
+def tile_choice(problem: GemmProblem, num_slots: int, device_index: int | None) -> TileChoice:
+    """The tile for ``num_slots`` rows. The candidates of a problem don't change while the process runs."""
+    by_heuristic = heuristic_choice(problem, num_slots, device_index)
+    tuned = _tuned_tiles(problem, device_index)
+    nearest = _nearest(tuned, num_slots)
+    if nearest == WARP_SPECIALIZED and num_slots < WARP_SPECIALIZED_FROM * problem.num_experts:
+        nearest = None
+    return TileChoice(
+        nearest or by_heuristic.tile,
+        tuple(dict.fromkeys([*by_heuristic.candidates, *tuned.values()])),
+    )
+
+
+def heuristic_choice(problem: GemmProblem, num_slots: int, device_index: int | None) -> TileChoice:
+    """What :func:`tile_choice` returns where nothing was tuned."""
+    candidates = tile_candidates(
+        problem.itemsize,
+        problem.num_columns,
+        problem.depth,
+        problem.num_accumulators,
+        problem.vectorized,
+        device_limits(device_index),
+    )
+    return TileChoice(choose_tile(candidates, num_slots, problem.num_experts), candidates)
+
+
+def device_name(device_index: int | None) -> str | None:
+    """What files of tuned tiles call a device; None where kernels are interpreted."""
+    return None if device_index is None else torch.cuda.get_device_name(device_index)
+
+
+def _nearest(tuned: Mapping[int, Tile], num_slots: int) -> Tile | None:
+    def factor(slots: int) -> float:
+        return max(slots, num_slots) / max(1, min(slots, num_slots))
+
+    nearest = min(tuned, key=factor, default=None)
+    return None if nearest is None or factor(nearest) > _REACH else tuned[nearest]
+
+
+def _tuned_tiles(problem: GemmProblem, device_index: int | None) -> Mapping[int, Tile]:
+    return _read(problem.shape, device_index).get(problem, {})
+
+
+@functools.cache
+def _read(shape: Shape, device_index: int | None) -> TunedTiles:
+    """The file for a shape and a device, read once in a process: graphs rely on the tiles that were loaded."""
+    folder, device = tiles_folder(), device_name(device_index)
+    if folder is None or device is None:
+        return {}
+    path = folder
+    try:
+        if not folder.is_dir():
+            return {}
+        path = folder / file_name(device, shape)
+        if not path.exists():
+            others = f"{path.stem.rpartition('-')[0]}-*.json"
+            if any(folder.glob(others)):
+                _warn(
+                    f"no tuned tiles for these versions of torch, triton and compile_moe in {folder}, but for others "
+                    f"({others})"
+                )
+            return {}
+        return parse(path.read_text(encoding="utf-8"), device, shape, device_limits(device_index))
+    except (OSError, ValueError) as error:  # of JSON and of UTF-8, too
+        _warn(f"{path} is ignored, because it can't be read or doesn't hold what it should: {error}")
+        return {}
+
+
+def _warn(what: str) -> None:
+    warnings.warn(
+        f"compile_moe: {what}; tiles are chosen without it. To tune again, run compile-moe tune; to look for no such "
+        "file, set COMPILE_MOE_TILES to an empty string",
+        TunedTilesWarning,
+        stacklevel=2,
+    )

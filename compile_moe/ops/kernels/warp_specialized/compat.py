@@ -1,0 +1,21 @@
+"""What Gluon's versions call differently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
+
+#: Pointers to shared memory; a box of a tensor to shared memory; a barrier of the warps of a partition.
+copy_rows: Any = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+copy_box: Any = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+warps_barrier: Any = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@builtin
+def view(smem: Any, shape: Any, layout: Any, _semantic: Any = None) -> Any:
+    """The buffer of another shape and layout that starts where smem does."""
+    method = getattr(smem, "reinterpret", None) or smem._reinterpret
+    return method(smem.dtype, shape, layout, _semantic=_semantic)

@@ -1,0 +1,184 @@
+"""Consumers: warpgroups that multiply what the ring brings, and store the result."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from compile_moe.ops.kernels.warp_specialized.compat import view, warps_barrier
+from compile_moe.ops.kernels.warp_specialized.ring import find_tile, next_stage
+from compile_moe.ops.kernels.warp_specialized.store import halves, row_slots, store_chunk
+
+
+@gluon.jit
+def consume_tile(
+    w_smem,
+    x_smem,
+    tail_smem,
+    result_smem,
+    full,
+    empty,
+    stage,
+    phase,
+    num_k,
+    bias,
+    out_ptr,
+    slots_ptr,
+    first,
+    rows,
+    num_slots,
+    column8,
+    columns8,
+    WHICH: gl.constexpr,
+    MAIN: gl.constexpr,
+    TAIL: gl.constexpr,
+    STAGES: gl.constexpr,
+    EPILOGUE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    GATHER: gl.constexpr,
+):
+    """One consumer's 64 weight rows times MAIN + TAIL tokens of a tile."""
+    x_layout: gl.constexpr = x_smem.layout
+    main_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MAIN, 16])
+    tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
+    acc = gl.zeros([64, MAIN], gl.float32, main_layout)
+    tail = gl.zeros([64, 32], gl.float32, tail_layout)
+    for k in range(num_k):
+        mbarrier.wait(full.index(stage), phase)
+        if GATHER:
+            # cp.async wrote x through the generic proxy.
+            fence_async_shared()
+        w = w_smem.index(2 * stage + WHICH)
+        x = view(x_smem, [STAGES * (256 // MAIN), MAIN, 64], x_layout).index(stage * (256 // MAIN))
+        acc = warpgroup_mma(w, x.permute((1, 0)), acc, is_async=True)
+        if TAIL:
+            tail = warpgroup_mma(w, tail_smem.index(stage).permute((1, 0)), tail, is_async=True)
+            acc, tail = warpgroup_mma_wait(2, deps=(acc, tail))
+        else:
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+        if k > 0:
+            # The previous stage's products are done in each warp.
+            warps_barrier()
+            # Not a variable carried from the iteration before: Triton doesn't see that ``last = stage`` changes.
+            mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1)
+        stage, phase = next_stage(stage, phase, STAGES)
+    # Loads that the last products hide.
+    s0 = row_slots(slots_ptr, first, rows, num_slots, 64, EPILOGUE)
+    if MAIN >= 128:
+        s1 = row_slots(slots_ptr, first + 64, rows - 64, num_slots, 64, EPILOGUE)
+    if MAIN == 256:
+        s2 = row_slots(slots_ptr, first + 128, rows - 128, num_slots, 64, EPILOGUE)
+        s3 = row_slots(slots_ptr, first + 192, rows - 192, num_slots, 64, EPILOGUE)
+    if TAIL:
+        st = row_slots(slots_ptr, first + MAIN, rows - MAIN, num_slots, 32, EPILOGUE)
+    if TAIL:
+        acc, tail = warpgroup_mma_wait(0, deps=(acc, tail))
+    else:
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+    warps_barrier()
+    mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1)
+
+    if MAIN == 256:
+        left, right = halves(acc, 64, 128)
+        a0, a1 = halves(left, 64, 64)
+        a2, a3 = halves(right, 64, 64)
+    elif MAIN == 128:
+        a0, a1 = halves(acc, 64, 64)
+    else:
+        a0 = acc
+    store_chunk(a0, bias, result_smem, out_ptr, s0, rows, column8, columns8, EPILOGUE, HAS_BIAS, 64)
+    if MAIN >= 128:
+        store_chunk(a1, bias, result_smem, out_ptr, s1, rows - 64, column8, columns8, EPILOGUE, HAS_BIAS, 64)
+    if MAIN == 256:
+        store_chunk(a2, bias, result_smem, out_ptr, s2, rows - 128, column8, columns8, EPILOGUE, HAS_BIAS, 64)
+        store_chunk(a3, bias, result_smem, out_ptr, s3, rows - 192, column8, columns8, EPILOGUE, HAS_BIAS, 64)
+    if TAIL:
+        store_chunk(
+            tail, bias, result_smem, out_ptr, st, rows - MAIN, column8, columns8, EPILOGUE, HAS_BIAS, 32
+        )
+    return stage, phase
+
+
+@gluon.jit
+def is_kind(rows, KIND: gl.constexpr):
+    """Whether a tile of so many rows has 64, 64 + a tail, 128, 128 + a tail, 256 or 256 + a tail."""
+    MAIN: gl.constexpr = 64 << (KIND // 2)
+    if KIND % 2 == 1:
+        return (rows > MAIN) & (rows <= MAIN + 32)
+    elif KIND == 0:
+        return rows <= MAIN
+    else:
+        return (rows > MAIN // 2 + 32) & (rows <= MAIN)
+
+
+@gluon.jit
+def consumer(
+    w_smem,
+    x_smem,
+    tail_smem,
+    result_smem,
+    full,
+    empty,
+    out_ptr,
+    bias_ptr,
+    slots_ptr,
+    tiles_ptr,
+    num_slots,
+    num_n,
+    num_k,
+    columns8,
+    stride_be,
+    stride_bn,
+    WHICH: gl.constexpr,
+    STAGES: gl.constexpr,
+    EPILOGUE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
+    GATHER: gl.constexpr,
+):
+    """Every tile of this program: columns 64 (of gate and up together, where gated) for each consumer."""
+    num_row_tiles = gl.load(tiles_ptr)
+    num_tiles = num_row_tiles * num_n
+    stage = 0
+    phase = 0
+    result_smem = result_smem.index(WHICH)
+    WIDTH8: gl.constexpr = 4 if EPILOGUE == "gated" else 8
+    step = gl.num_programs(0)
+    e1, f1, r1, n1 = find_tile(tiles_ptr, gl.program_id(0), num_row_tiles, num_n)
+    for tile in range(gl.program_id(0), num_tiles, step):
+        expert, first, rows, tile_n = e1, f1, r1, n1
+        e1, f1, r1, n1 = find_tile(tiles_ptr, tile + step, num_row_tiles, num_n)
+        column8 = (2 * tile_n + WHICH) * WIDTH8
+        bias_layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+        if HAS_BIAS:
+            m = gl.arange(0, 64, layout=bias_layout)
+            if EPILOGUE == "gated":
+                column = column8 * 8 + m // 16 * 8 + m % 8
+                mask = column < columns8 * 8
+                if INTERLEAVED:
+                    column = 2 * column + m // 8 % 2
+                else:
+                    column = column + m // 8 % 2 * (columns8 * 8)
+            else:
+                column = column8 * 8 + m
+                mask = column < columns8 * 8
+            bias = gl.load(
+                bias_ptr + expert.to(gl.int64) * stride_be + column * stride_bn, mask=mask, other=0.0
+            )
+            bias = bias.to(gl.float32)
+        else:
+            bias = gl.zeros([64], gl.float32, bias_layout)
+        for i in gl.static_range(6):
+            if is_kind(rows, i):
+                # 64, 128 or 256 tokens, without and with a tail.
+                stage, phase = consume_tile(
+                    w_smem, x_smem, tail_smem, result_smem, full, empty, stage, phase, num_k,
+                    bias, out_ptr, slots_ptr, first, rows, num_slots, column8, columns8,
+                    WHICH, 64 << (i // 2), i % 2 == 1, STAGES, EPILOGUE, HAS_BIAS, GATHER,
+                )  # fmt: skip

@@ -1,0 +1,45 @@
+"""What TMA reads: weights and rows as tensors that it knows the shape of."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+_LAYOUTS = {rank: gl.NVMMASharedLayout(128, 16, rank) for rank in (2, 3, 5)}
+
+
+def gated_weights(w1: Tensor, layout: str) -> TensorDescriptor:
+    """w1 (E, 2I, K) as (E, I / 8, gate or up, 8, K): 8 rows of the gate, then the 8 of up that belong to them."""
+    e, n, k = w1.shape
+    stride_e, stride_n, _ = w1.stride()
+    half = n // 2
+    if layout == "interleaved":
+        strides = [stride_e, 16 * stride_n, stride_n, 2 * stride_n, 1]
+    else:
+        strides = [stride_e, 8 * stride_n, half * stride_n, stride_n, 1]
+    return TensorDescriptor(w1, [e, half // 8, 2, 8, k], strides, [1, 8, 2, 8, 64], _LAYOUTS[5])
+
+
+def plain_weights(w: Tensor) -> TensorDescriptor:
+    """w (E, rows, depth), 128 rows at a time."""
+    return TensorDescriptor(w, list(w.shape), list(w.stride()), [1, 128, 64], _LAYOUTS[3])
+
+
+def rows(x: Tensor, num_rows: int) -> TensorDescriptor:
+    """x (S, depth), ``num_rows`` at a time."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [num_rows, 64], _LAYOUTS[2])
+
+
+@functools.cache
+def num_programs(device_index: int | None) -> int:
+    """One program a multiprocessor; as many as an H100 has where there is no device (None)."""
+    if device_index is None:
+        return 132
+    properties: Any = torch.cuda.get_device_properties(device_index)
+    count: int = properties.multi_processor_count
+    return count

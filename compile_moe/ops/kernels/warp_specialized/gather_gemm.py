@@ -1,0 +1,161 @@
+"""GEMM 1 for many rows an expert on Hopper: tokens gathered by pointers, activation in the consumers."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import jit
+
+from compile_moe.ops.kernels.epilogue import build_epilogue
+from compile_moe.ops.kernels.launch import Launch
+from compile_moe.ops.kernels.warp_specialized import consumer as consumers
+from compile_moe.ops.kernels.warp_specialized import row_tiles, store
+from compile_moe.ops.kernels.warp_specialized.consumer import consumer
+from compile_moe.ops.kernels.warp_specialized.descriptors import gated_weights, num_programs, plain_weights
+from compile_moe.ops.kernels.warp_specialized.producers import producer_gather
+from compile_moe.ops.kernels.warp_specialized.ring import STAGES, allocate
+
+DO_NOT_SPECIALIZE = ("num_slots", "num_n", "num_k", "columns8", "depth8", "row_stride8", "topk")
+REGISTERS, PRODUCER_REGISTERS = 208, 88
+
+
+def gather_gemm_kernel(
+    out_ptr,  # (S, columns), expert order
+    x_ptr,  # (M, K)
+    w_desc,
+    bias_ptr,
+    slots_ptr,
+    tiles_ptr,
+    num_slots,
+    num_n,
+    num_k,
+    columns8,
+    depth8,
+    row_stride8,
+    topk,
+    stride_be,
+    stride_bn,
+    EPILOGUE: gl.constexpr,  # "gated", "ungated"
+    INTERLEAVED: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    STAGES: gl.constexpr,
+    EVEN_K: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+):
+    w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(x_ptr.dtype.element_ty, STAGES, 129)
+    gl.warp_specialize(
+        [
+            (
+                consumer,
+                (
+                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
+                    num_slots, num_n, num_k, columns8, stride_be, stride_bn,
+                    0, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True,
+                ),
+            ),
+            (
+                consumer,
+                (
+                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
+                    num_slots, num_n, num_k, columns8, stride_be, stride_bn,
+                    1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True,
+                ),
+            ),
+            (
+                producer_gather,
+                (
+                    w_desc, x_ptr, slots_ptr, w_smem, x_smem, tail_smem, full, empty, tiles_ptr,
+                    num_slots, num_n, num_k, row_stride8, depth8, topk, STAGES, EPILOGUE, EVEN_K,
+                ),
+            ),
+        ],
+        [4, 4],
+        [REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
+
+
+@functools.cache
+def with_epilogue(body: str) -> Any:
+    """The kernel, of which every function from ``store.finish`` up calls the epilogue with ``body``.
+
+    An empty body leaves the placeholder: the gate passes through.
+    """
+    replaced: dict[str, Any] = {"epilogue": build_epilogue(body)} if body else {}
+    for module, name in (
+        (store, "finish"),
+        (store, "store_chunk"),
+        (consumers, "consume_tile"),
+        (consumers, "consumer"),
+    ):
+        replaced[name] = jit(_copy(getattr(module, name).fn, replaced))
+    return jit(_copy(gather_gemm_kernel, replaced), do_not_specialize=list(DO_NOT_SPECIALIZE))
+
+
+def _copy(function: Callable[..., Any], replaced: dict[str, Any]) -> Callable[..., Any]:
+    """The function with other globals."""
+    copy = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **replaced},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    functools.update_wrapper(copy, function)
+    # Signature inspection must end at the copy.
+    delattr(copy, "__wrapped__")
+    return copy
+
+
+def launches_for(
+    tiles: Tensor,
+    out: Tensor,
+    hidden_states: Tensor,
+    w1: Tensor,
+    sorted_slots: Tensor,
+    expert_offsets: Tensor,
+    topk: int,
+    bias: Tensor | None,
+    epilogue_body: str,
+    layout: str,
+) -> tuple[Launch, Launch]:
+    """Row tiles, then the GEMM."""
+    num_slots, num_columns = out.shape
+    gated = layout != "ungated"
+    depth = hidden_states.size(1)
+    args = (
+        out,
+        hidden_states,
+        gated_weights(w1, layout) if gated else plain_weights(w1),
+        out if bias is None else bias,
+        sorted_slots,
+        tiles,
+        num_slots,
+        triton.cdiv(num_columns, 64 if gated else 128),
+        triton.cdiv(depth, 64),
+        num_columns // 8,
+        depth // 8,
+        hidden_states.stride(0) // 8,
+        topk,
+        *((0, 0) if bias is None else bias.stride()),
+    )
+    options = {
+        "EPILOGUE": "gated" if gated else "ungated",
+        "INTERLEAVED": layout == "interleaved",
+        "HAS_BIAS": bias is not None,
+        "STAGES": STAGES,
+        "EVEN_K": depth % 64 == 0,
+        "REGISTERS": REGISTERS,
+        "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
+        "num_warps": 4,
+    }
+    return (
+        row_tiles.launch_for(tiles, expert_offsets, num_slots, w1.size(0)),
+        Launch(with_epilogue(epilogue_body), (num_programs(out.device.index),), args, options),
+    )

@@ -1,0 +1,184 @@
+"""Producers: warpgroups that fill the ring."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
+
+from compile_moe.ops.kernels.warp_specialized.compat import copy_box, copy_rows, view
+from compile_moe.ops.kernels.warp_specialized.ring import find_tile, next_stage
+
+
+@gluon.jit
+def load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k, EPILOGUE: gl.constexpr, STAGES: gl.constexpr):
+    """128 weight rows: 64 for each consumer."""
+    w = view(w_smem, [STAGES] + w_desc.block_shape, w_desc.layout).index(stage)  # noqa: RUF005
+    if EPILOGUE == "gated":
+        copy_box(w_desc, [expert, tile_n * 8, 0, 0, k], bar, w)
+    else:
+        copy_box(w_desc, [expert, tile_n * 128, k], bar, w)
+
+
+@gluon.jit
+def producer_tma(
+    w_desc,
+    x_desc,
+    x256_desc,
+    w_smem,
+    x_smem,
+    tail_smem,
+    full,
+    empty,
+    tiles_ptr,
+    num_n,
+    num_k,
+    STAGES: gl.constexpr,
+    EPILOGUE: gl.constexpr,
+):
+    num_row_tiles = gl.load(tiles_ptr)
+    num_tiles = num_row_tiles * num_n
+    W_BYTES: gl.constexpr = 128 * 64 * 2
+    BOX_BYTES: gl.constexpr = 32 * 64 * 2
+    x256 = view(x_smem, [STAGES, 256, 64], x_smem.layout)
+    stage = 0
+    phase = 0
+    step = gl.num_programs(0)
+    e1, f1, r1, n1 = find_tile(tiles_ptr, gl.program_id(0), num_row_tiles, num_n)
+    for tile in range(gl.program_id(0), num_tiles, step):
+        expert, first, rows, tile_n = e1, f1, r1, n1
+        e1, f1, r1, n1 = find_tile(tiles_ptr, tile + step, num_row_tiles, num_n)
+        if rows > 160:
+            has_tail = rows > 256
+            for k in range(num_k):
+                mbarrier.wait(empty.index(stage), phase ^ 1)
+                bar = full.index(stage)
+                mbarrier.expect(bar, W_BYTES + 9 * BOX_BYTES, pred=has_tail)
+                mbarrier.expect(bar, W_BYTES + 8 * BOX_BYTES, pred=rows <= 256)
+                load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * 64, EPILOGUE, STAGES)
+                copy_box(x256_desc, [first, k * 64], bar, x256.index(stage))
+                copy_box(x_desc, [first + 256, k * 64], bar, tail_smem.index(stage), pred=has_tail)
+                stage, phase = next_stage(stage, phase, STAGES)
+        else:
+            boxes = (rows + 31) // 32
+            # A tail lies in a buffer of its own, also behind 64 or 128 rows.
+            has_tail = (boxes == 3) | (boxes == 5)
+            whole = gl.where(has_tail, boxes - 1, boxes)
+            for k in range(num_k):
+                mbarrier.wait(empty.index(stage), phase ^ 1)
+                bar = full.index(stage)
+                for i in gl.static_range(5):
+                    mbarrier.expect(bar, W_BYTES + (i + 1) * BOX_BYTES, pred=boxes == i + 1)
+                load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * 64, EPILOGUE, STAGES)
+                for i in gl.static_range(4):
+                    copy_box(
+                        x_desc, [first + 32 * i, k * 64], bar, x_smem.index(8 * stage + i), pred=i < whole
+                    )
+                copy_box(x_desc, [first + 32 * whole, k * 64], bar, tail_smem.index(stage), pred=has_tail)
+                stage, phase = next_stage(stage, phase, STAGES)
+
+
+@gluon.jit
+def tail_start(rows):
+    """Rows before the tail, and whether there is one."""
+    before = gl.where(rows > 256, 256, gl.where(rows > 128, 128, 64))
+    return before, (rows > 256) | ((rows > 128) & (rows <= 160)) | ((rows > 64) & (rows <= 96))
+
+
+@gluon.jit
+def tile_slots(slots_ptr, first, rows, layout: gl.constexpr):
+    """Slots of a tile's rows in chunks of 64, and of the tail; 0 beyond the tile."""
+    r64 = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    r32 = gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
+    before, _ = tail_start(rows)
+    p = slots_ptr + first
+    s0 = gl.load(p + r64, mask=r64 < rows, other=0)
+    s1 = gl.load(p + 64 + r64, mask=64 + r64 < rows, other=0)
+    s2 = gl.load(p + 128 + r64, mask=128 + r64 < rows, other=0)
+    s3 = gl.load(p + 192 + r64, mask=192 + r64 < rows, other=0)
+    st = gl.load(p + before + r32, mask=before + r32 < rows, other=0)
+    return s0, s1, s2, s3, st
+
+
+@gluon.jit
+def row_offsets(slot, num_slots, row_stride8, topk, layout: gl.constexpr):
+    """Offsets of (T, 64) elements of x."""
+    slot = gl.where((slot >= 0) & (slot < num_slots), slot, 0)
+    c = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    return gl.expand_dims((slot // topk).to(gl.int64) * (row_stride8.to(gl.int64) * 8), 1) + gl.expand_dims(
+        c, 0
+    )
+
+
+@gluon.jit
+def gather_box(x, ptrs, depth8, k, EVEN_K: gl.constexpr, layout: gl.constexpr):
+    if EVEN_K:
+        copy_rows(x, ptrs, cache_modifier=".cg")
+    else:
+        c = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+        mask = gl.expand_dims(k * 8 + c // 8 < depth8, 0)
+        copy_rows(x, ptrs, mask=mask, cache_modifier=".cg")
+
+
+@gluon.jit
+def producer_gather(
+    w_desc,
+    x_ptr,
+    slots_ptr,
+    w_smem,
+    x_smem,
+    tail_smem,
+    full,
+    empty,
+    tiles_ptr,
+    num_slots,
+    num_n,
+    num_k,
+    row_stride8,
+    depth8,
+    topk,
+    STAGES: gl.constexpr,
+    EPILOGUE: gl.constexpr,
+    EVEN_K: gl.constexpr,
+):
+    num_row_tiles = gl.load(tiles_ptr)
+    num_tiles = num_row_tiles * num_n
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    stage = 0
+    phase = 0
+    step = gl.num_programs(0)
+    # Loads for the next tile, and for the one after it what they depend on, before this tile's.
+    e1, f1, r1, n1 = find_tile(tiles_ptr, gl.program_id(0), num_row_tiles, num_n)
+    s0, s1, s2, s3, st = tile_slots(slots_ptr, f1, r1, layout)
+    e2, f2, r2, n2 = find_tile(tiles_ptr, gl.program_id(0) + step, num_row_tiles, num_n)
+    for tile in range(gl.program_id(0), num_tiles, step):
+        o0 = row_offsets(s0, num_slots, row_stride8, topk, layout)
+        o1 = row_offsets(s1, num_slots, row_stride8, topk, layout)
+        o2 = row_offsets(s2, num_slots, row_stride8, topk, layout)
+        o3 = row_offsets(s3, num_slots, row_stride8, topk, layout)
+        ot = row_offsets(st, num_slots, row_stride8, topk, layout)
+        expert, rows, tile_n = e1, r1, n1
+        s0, s1, s2, s3, st = tile_slots(slots_ptr, f2, r2, layout)
+        # Sums, because Triton doesn't see that ``e1 = e2`` changes from one iteration to the next.
+        e1, r1, n1 = e2 + 0, r2 + 0, n2 + 0
+        e2, f2, r2, n2 = find_tile(tiles_ptr, tile + 2 * step, num_row_tiles, num_n)
+        before, has_tail = tail_start(rows)
+        whole = gl.where(has_tail, before, rows)
+        x64 = view(x_smem, [STAGES * 4, 64, 64], x_smem.layout)
+        for k in range(num_k):
+            mbarrier.wait(empty.index(stage), phase ^ 1)
+            bar = full.index(stage)
+            mbarrier.expect(bar, 2 * 64 * 64 * 2)
+            load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * 64, EPILOGUE, STAGES)
+            base = x_ptr + k * 64
+            gather_box(x64.index(4 * stage), base + o0, depth8, k, EVEN_K, layout)
+            if whole > 64:
+                gather_box(x64.index(4 * stage + 1), base + o1, depth8, k, EVEN_K, layout)
+            if whole > 128:
+                gather_box(x64.index(4 * stage + 2), base + o2, depth8, k, EVEN_K, layout)
+            if whole > 192:
+                gather_box(x64.index(4 * stage + 3), base + o3, depth8, k, EVEN_K, layout)
+            if has_tail:
+                gather_box(tail_smem.index(stage), base + ot, depth8, k, EVEN_K, layout)
+            async_copy.mbarrier_arrive(bar, increment_count=False)
+            stage, phase = next_stage(stage, phase, STAGES)

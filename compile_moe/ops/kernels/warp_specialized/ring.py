@@ -1,0 +1,56 @@
+"""The ring of buffers between producer and consumers, and the order of tiles, which both follow."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+STAGES = 4  # of the ring
+DEPTH = 64  # elements of a row in one stage
+CONSUMERS = 2
+COLUMNS = 64  # weight rows of a consumer
+
+
+@gluon.jit
+def allocate(dtype: gl.constexpr, STAGES: gl.constexpr, FULL_COUNT: gl.constexpr):
+    """Weights, tokens in boxes of 32, tails, space to transpose results in, and barriers; of each stage but one."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    w_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, 64], layout)
+    x_smem = gl.allocate_shared_memory(dtype, [8 * STAGES, 32, 64], layout)
+    tail_smem = gl.allocate_shared_memory(dtype, [STAGES, 32, 64], layout)
+    result_smem = gl.allocate_shared_memory(dtype, [2, 64, 64], layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=FULL_COUNT)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    return w_smem, x_smem, tail_smem, result_smem, full, empty
+
+
+@gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    stage += 1
+    wrapped = stage == STAGES
+    return gl.where(wrapped, 0, stage), gl.where(wrapped, phase ^ 1, phase)
+
+
+@gluon.jit
+def find_tile(tiles_ptr, tile, num_row_tiles, num_n):
+    """Expert, first row, rows and column tile of a tile (of the last one behind the end).
+
+    Within a group of row tiles, rows change fastest.
+    """
+    tile = gl.maximum(gl.minimum(tile, num_row_tiles * num_n - 1), 0)
+    row_tile = tile // num_n
+    group = gl.load(tiles_ptr + 4 + 4 * row_tile + 3)
+    size = gl.maximum(group & 255, 1)
+    first_of_group = row_tile - (group >> 8)
+    within = tile - first_of_group * num_n
+    column_tile = within // size
+    # Clamped for what an empty list holds.
+    row_tile = first_of_group + within - column_tile * size
+    row_tile = gl.minimum(gl.maximum(row_tile, 0), gl.maximum(num_row_tiles - 1, 0))
+    entry = tiles_ptr + 4 + 4 * row_tile
+    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), column_tile

@@ -1,0 +1,105 @@
+"""Which rows each tile computes: a list that both kernels walk."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compile_moe.ops.kernels.launch import Launch
+from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED_FROM, device_limits
+
+ROWS = 256  # of a tile
+TAIL = 32  # rows that a tile may have more
+MERGED = 96  # rows of an expert beyond a multiple of ROWS that become tails, and no tile of their own
+GROUP = 8  # most tiles of one expert that share the loads of weights from memory
+FIELDS = 4
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_experts"])
+def row_tiles_kernel(
+    tiles_ptr,  # (1 + number of programs, FIELDS): the number of tiles, then the tiles
+    expert_offsets_ptr,  # (E + 1,)
+    num_slots,
+    num_experts,
+    E_POW2: tl.constexpr,
+    ROWS: tl.constexpr,
+    TAIL: tl.constexpr,
+    MERGED: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """A tile is (expert, first row, rows, 256 * (tiles of its group before it) + tiles of its group).
+
+    An expert's rows beyond a multiple of ROWS, if no more than MERGED, are tails of TAIL of its first tiles. Offsets
+    are clamped, so that no content of expert_offsets leads outside the rows.
+    """
+    tile = tl.program_id(0)
+    e = tl.arange(0, E_POW2)
+    start = tl.load(expert_offsets_ptr + e, mask=e < num_experts, other=num_slots)
+    end = tl.load(expert_offsets_ptr + e + 1, mask=e < num_experts, other=num_slots)
+    start = tl.minimum(tl.maximum(start, 0), num_slots)
+    end = tl.minimum(tl.maximum(end, start), num_slots)
+    rows = tl.where(e < num_experts, end - start, 0)
+    whole = rows // ROWS
+    rest = rows % ROWS
+    in_tails = rest <= tl.minimum(whole * TAIL, MERGED)
+    tiles = whole + tl.where((rest > 0) & (in_tails == 0), 1, 0)
+    after = tl.cumsum(tiles, 0)
+    here = (after > tile) & (after - tiles <= tile)
+    expert = tl.sum(tl.where(here, e, 0), 0)
+    index = tile - tl.sum(tl.where(here, after - tiles, 0), 0)
+    tails = tl.sum(tl.where(here & in_tails, rest, 0), 0)
+    before = index * ROWS + tl.minimum(index * TAIL, tails)
+    most = ROWS + tl.minimum(tl.maximum(tails - index * TAIL, 0), TAIL)
+    first = tl.sum(tl.where(here, start, 0), 0) + before
+    left = tl.sum(tl.where(here, rows, 0), 0) - before
+    # Groups of nearly equal sizes, larger ones first.
+    tiles_here = tl.maximum(tl.sum(tl.where(here, tiles, 0), 0), 1)
+    groups = (tiles_here + GROUP - 1) // GROUP
+    size = tiles_here // groups
+    larger = tiles_here % groups * (size + 1)
+    in_group = tl.where(index < larger, index % (size + 1), (index - larger) % size)
+    size = tl.where(index < larger, size + 1, size)
+    # Experts' rows may overlap where the offsets make no sense: the tiles may then be more than the list holds.
+    total = tl.minimum(tl.sum(tiles, 0), tl.num_programs(0))
+    found = tile < total
+    # An empty list has a tile without rows, which the kernels read but don't compute.
+    out = tiles_ptr + 4 + 4 * tile
+    tl.store(out, tl.where(found, expert, 0))
+    tl.store(out + 1, tl.where(found, first, 0))
+    tl.store(out + 2, tl.where(found, tl.minimum(left, most), 0))
+    tl.store(out + 3, tl.where(found, in_group * 256 + size, 1))
+    if tile == 0:
+        tl.store(tiles_ptr, total)
+
+
+def max_row_tiles(num_slots: int, num_experts: int) -> int:
+    """Upper bound on the tiles, at least 1: each expert has at most one that isn't full."""
+    return max(1, num_slots // ROWS + min(num_experts, num_slots))
+
+
+def scratch(sorted_slots: Tensor, num_experts: int) -> Tensor:
+    """Memory for the list."""
+    return sorted_slots.new_empty(FIELDS * (max_row_tiles(sorted_slots.size(0), num_experts) + 1))
+
+
+def scratch_if_needed(sorted_slots: Tensor, w: Tensor) -> Tensor | None:
+    """Memory for the list where the kernels may be chosen for weights w (E, rows, depth)."""
+    many = sorted_slots.size(0) >= WARP_SPECIALIZED_FROM * w.size(0)
+    if many and w.element_size() == 2 and device_limits(sorted_slots.device.index).warp_specialized:
+        return scratch(sorted_slots, w.size(0))
+    return None
+
+
+def launch_for(tiles: Tensor, expert_offsets: Tensor, num_slots: int, num_experts: int) -> Launch:
+    """The launch that writes the list."""
+    options = {
+        "E_POW2": triton.next_power_of_2(num_experts),
+        "ROWS": ROWS,
+        "TAIL": TAIL,
+        "MERGED": MERGED,
+        "GROUP": GROUP,
+        "num_warps": 4,
+    }
+    grid = (max_row_tiles(num_slots, num_experts),)
+    return Launch(row_tiles_kernel, grid, (tiles, expert_offsets, num_slots, num_experts), options)

@@ -1,0 +1,107 @@
+"""GEMM 2 for many rows an expert on Hopper: both operands by TMA, rows scattered to their slots."""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from compile_moe.ops.kernels.launch import Launch
+from compile_moe.ops.kernels.warp_specialized import row_tiles
+from compile_moe.ops.kernels.warp_specialized.consumer import consumer
+from compile_moe.ops.kernels.warp_specialized.descriptors import num_programs, plain_weights, rows
+from compile_moe.ops.kernels.warp_specialized.producers import producer_tma
+from compile_moe.ops.kernels.warp_specialized.ring import STAGES, allocate
+
+REGISTERS, PRODUCER_REGISTERS = 232, 40
+
+
+@gluon.jit(do_not_specialize=["num_slots", "num_n", "num_k", "columns8"])
+def scatter_gemm_kernel(
+    out_ptr,  # (S, columns), slot order
+    x_desc,
+    x256_desc,
+    w_desc,
+    bias_ptr,
+    slots_ptr,
+    tiles_ptr,
+    num_slots,
+    num_n,
+    num_k,
+    columns8,
+    stride_be,
+    stride_bn,
+    HAS_BIAS: gl.constexpr,
+    STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+):
+    w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(x_desc.dtype, STAGES, 1)
+    gl.warp_specialize(
+        [
+            (
+                consumer,
+                (
+                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
+                    num_slots, num_n, num_k, columns8, stride_be, stride_bn,
+                    0, STAGES, "none", HAS_BIAS, False, False,
+                ),
+            ),
+            (
+                consumer,
+                (
+                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
+                    num_slots, num_n, num_k, columns8, stride_be, stride_bn,
+                    1, STAGES, "none", HAS_BIAS, False, False,
+                ),
+            ),
+            (
+                producer_tma,
+                (
+                    w_desc, x_desc, x256_desc, w_smem, x_smem, tail_smem, full, empty, tiles_ptr, num_n, num_k,
+                    STAGES, "none",
+                ),
+            ),
+        ],
+        [4, 4],
+        [REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
+
+
+def launches_for(
+    tiles: Tensor,
+    out: Tensor,
+    intermediate: Tensor,
+    w2: Tensor,
+    sorted_slots: Tensor,
+    expert_offsets: Tensor,
+    bias: Tensor | None,
+) -> tuple[Launch, Launch]:
+    """Row tiles, then the GEMM."""
+    num_slots, num_columns = out.shape
+    args = (
+        out,
+        rows(intermediate, 32),
+        rows(intermediate, 256),
+        plain_weights(w2),
+        out if bias is None else bias,
+        sorted_slots,
+        tiles,
+        num_slots,
+        triton.cdiv(num_columns, 128),
+        triton.cdiv(w2.size(2), 64),
+        num_columns // 8,
+        *((0, 0) if bias is None else bias.stride()),
+    )
+    options = {
+        "HAS_BIAS": bias is not None,
+        "STAGES": STAGES,
+        "REGISTERS": REGISTERS,
+        "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
+        "num_warps": 4,
+    }
+    return (
+        row_tiles.launch_for(tiles, expert_offsets, num_slots, w2.size(0)),
+        Launch(scatter_gemm_kernel, (num_programs(out.device.index),), args, options),
+    )

@@ -1,0 +1,93 @@
+"""From accumulators to rows of the result: bias, epilogue, transposition through shared memory."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from compile_moe.ops.kernels.epilogue import epilogue
+from compile_moe.ops.kernels.warp_specialized.compat import view
+
+
+@gluon.jit
+def halves(acc, COLUMNS: gl.constexpr, HALF: gl.constexpr):
+    """Left and right half of (64, 2 * HALF) accumulators: no data moves between threads."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    left, right = gl.split(gl.permute(gl.reshape(acc, [COLUMNS, 2, HALF]), (0, 2, 1)))
+    return (
+        gl.convert_layout(left, layout, assert_trivial=True),
+        gl.convert_layout(right, layout, assert_trivial=True),
+    )
+
+
+@gluon.jit
+def finish(acc, bias, EPILOGUE: gl.constexpr, T: gl.constexpr, HAS_BIAS: gl.constexpr, dtype: gl.constexpr):
+    """(64, T) accumulators to the (columns, T) result: bias and activation."""
+    if HAS_BIAS:
+        layout: gl.constexpr = acc.type.layout
+        acc = acc + gl.expand_dims(gl.convert_layout(bias, gl.SliceLayout(1, layout)), 1)
+    if EPILOGUE == "gated":
+        # Rows 0..7 of each 16 are the gate's, rows 8..15 the up projection's: both in the same thread.
+        gate, up = gl.split(gl.permute(gl.reshape(acc, [4, 2, 8, T]), (0, 2, 3, 1)))
+        y = gl.reshape(epilogue(gate, up).to(dtype), [32, T])
+    elif EPILOGUE == "ungated":
+        y = epilogue(acc, acc).to(dtype)
+    else:
+        y = acc.to(dtype)
+    return y
+
+
+@gluon.jit
+def row_slots(slots_ptr, first, rows, num_slots, T: gl.constexpr, EPILOGUE: gl.constexpr):
+    """Where rows first.. of a chunk are stored; -1 where they are not."""
+    WIDTH: gl.constexpr = 32 if EPILOGUE == "gated" else 64
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    row = gl.arange(0, T, layout=gl.SliceLayout(1, layout))
+    if EPILOGUE == "none":
+        slot = gl.load(slots_ptr + first + row, mask=row < rows, other=-1)
+        return gl.where(slot < num_slots, slot, -1)
+    else:
+        return gl.where(row < rows, first + row, -1)
+
+
+@gluon.jit
+def store_rows(
+    y,
+    result_smem,
+    out_ptr,
+    slot,
+    column8,
+    columns8,
+    T: gl.constexpr,
+    WIDTH: gl.constexpr,
+):
+    """Rows of transposed (WIDTH, T) y to their slots' rows of out, 16 bytes a thread."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    rows_smem = view(result_smem, [T, WIDTH], gl.NVMMASharedLayout(WIDTH * 2, 16, 2))
+    rows_smem.permute((1, 0)).store(y)
+    y = rows_smem.load(layout)
+    c = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
+    num_columns = columns8.to(gl.int64) * 8
+    out_ptr += column8 * 8
+    ptrs = out_ptr + gl.expand_dims(slot.to(gl.int64) * num_columns, 1) + gl.expand_dims(c, 0)
+    gl.store(ptrs, y, mask=gl.expand_dims(slot >= 0, 1) & gl.expand_dims(column8 + c // 8 < columns8, 0))
+
+
+@gluon.jit
+def store_chunk(
+    acc,
+    bias,
+    result_smem,
+    out_ptr,
+    slot,
+    rows,
+    column8,
+    columns8,
+    EPILOGUE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    T: gl.constexpr,
+):
+    if rows > 0:
+        WIDTH: gl.constexpr = 32 if EPILOGUE == "gated" else 64
+        y = finish(acc, bias, EPILOGUE, T, HAS_BIAS, out_ptr.dtype.element_ty)
+        store_rows(y, result_smem, out_ptr, slot, column8, columns8, T, WIDTH)

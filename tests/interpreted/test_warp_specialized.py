@@ -1,0 +1,114 @@
+"""What the warp-specialized GEMMs walk: every row in one tile, every tile in one group, within bounds."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from compile_moe.ops.kernels.launch import Plan
+from compile_moe.ops.kernels.launch import launch as run
+from compile_moe.ops.kernels.warp_specialized import row_tiles, zero_skipped
+from compile_moe.ops.kernels.warp_specialized.row_tiles import GROUP, MERGED, ROWS, TAIL
+
+EDGES = [
+    0,
+    1,
+    32,
+    33,
+    64,
+    96,
+    97,
+    128,
+    129,
+    192,
+    256,
+    257,
+    288,
+    289,
+    320,
+    512,
+    513,
+    545,
+    577,
+    0,
+    863,
+    865,
+    2600,
+]
+RANDOM = [[random.Random(seed).randint(0, 1500) for _ in range(7 * seed + 1)] for seed in range(4)]
+
+
+def offsets_of(counts: list[int]) -> Tensor:
+    return torch.tensor([0, *counts]).cumsum(0).int()
+
+
+def list_tiles(offsets: Tensor, num_slots: int) -> list[list[int]]:
+    num_experts = len(offsets) - 1
+    slots = torch.zeros(num_slots, dtype=torch.int32)
+    tiles = row_tiles.scratch(slots, num_experts).fill_(-7)
+    launch = row_tiles.launch_for(tiles, offsets, num_slots, num_experts)
+    run(lambda *_: Plan((), (launch,), tuple), tiles)
+    count = int(tiles[0])
+    entries: list[list[int]] = tiles[4:].view(-1, 4).tolist()
+    assert 0 <= count <= len(entries)
+    return entries[:count] or entries[:1]
+
+
+@pytest.mark.parametrize("counts", [EDGES, [300], [1] * 40, [0, 0, 5000, 0], *RANDOM], ids=len)
+def test_tiles_cover_every_row_once(counts: list[int]) -> None:
+    num_slots = sum(counts) + 5  # the last ones are skipped
+    tiles = list_tiles(offsets_of(counts), num_slots)
+    next_row = {e: start for e, start in enumerate(offsets_of(counts)[:-1].tolist())}
+    for expert, first, rows, _ in tiles:
+        assert first == next_row[expert] and 0 < rows <= ROWS + TAIL
+        next_row[expert] += rows
+    assert list(next_row.values()) == offsets_of(counts)[1:].tolist()
+    for e, count in enumerate(counts):
+        merged = 0 < count % ROWS <= min(MERGED, count // ROWS * TAIL)
+        expected = count // ROWS + (count % ROWS > 0 and not merged)
+        assert sum(tile[0] == e for tile in tiles) == expected
+
+
+@pytest.mark.parametrize("counts", [EDGES, [9000], *RANDOM[1:]], ids=len)
+def test_groups_are_of_one_expert_and_cover_their_columns(counts: list[int]) -> None:
+    """Each row tile meets each column tile once, in the order that the kernels compute from the list."""
+    tiles = list_tiles(offsets_of(counts), sum(counts))
+    for num_columns in (1, 3, 12):
+        seen = set()
+        for tile in range(len(tiles) * num_columns):
+            row_tile = tile // num_columns
+            before, size = tiles[row_tile][3] >> 8, tiles[row_tile][3] & 255
+            assert 1 <= size <= GROUP
+            within = tile - (row_tile - before) * num_columns
+            member = row_tile - before + within % size
+            assert tiles[member][0] == tiles[row_tile][0]
+            seen.add((member, within // size))
+        assert seen == {(row, column) for row in range(len(tiles)) for column in range(num_columns)}
+
+
+def test_no_rows_give_one_empty_tile() -> None:
+    assert list_tiles(offsets_of([0, 0, 0]), 700) == [[0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    "offsets", [[0, 900, 3, -5], [700, 600, 5, 4], [-(2**31), 2**31 - 1, 2, 9999]], ids=str
+)
+def test_tiles_stay_in_bounds_whatever_the_sort_says(offsets: list[int]) -> None:
+    for expert, first, rows, _ in list_tiles(torch.tensor(offsets, dtype=torch.int32), 700):
+        assert 0 <= expert < 3 and first >= 0 and 0 <= rows <= ROWS + TAIL and first + rows <= 700
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_rows_of_skipped_slots_are_zeroed(scattered: bool) -> None:
+    num_slots, skipped = 70, 37
+    slots = torch.randperm(num_slots, dtype=torch.int32)
+    offsets = torch.tensor([0, 10, num_slots - skipped], dtype=torch.int32)
+    out = torch.full((num_slots, 600), torch.nan)
+    launch = zero_skipped.launch_for(out, slots, offsets, 2, scattered)
+    run(lambda *_: Plan((), (launch,), tuple), out)
+    rows = slots[-skipped:].long() if scattered else torch.arange(num_slots - skipped, num_slots)
+    zeroed = torch.zeros(num_slots, dtype=torch.bool).index_fill_(0, rows, True)
+    assert (out[zeroed] == 0).all() and out[~zeroed].isnan().all()
