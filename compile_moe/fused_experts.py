@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from compile_moe.activations import ActivationLike, resolve_activation
+from compile_moe.activations import Activation, ActivationLike, resolve_activation
 from compile_moe.experts import TritonExperts
 from compile_moe.modular_kernel import FusedMoEModularKernel
 from compile_moe.ops.fused_moe import fused_moe, fused_moe_
@@ -15,6 +16,7 @@ from compile_moe.ops.problem_size import (
     require_tensors,
     shape,
 )
+from compile_moe.ops.registry import remembering, runs_directly
 from compile_moe.prepare_finalize import MoEPrepareAndFinalizeNoEP
 from compile_moe.unsupported import refuse_quant_config
 
@@ -68,7 +70,49 @@ def fused_experts(
         >>> compile_moe.fused_experts(x, w1, w2, topk_weights, topk_ids).shape
         torch.Size([5, 16])
     """
+    arguments = (
+        hidden_states,
+        w1,
+        w2,
+        topk_weights,
+        topk_ids,
+        activation,
+        global_num_experts,
+        expert_map,
+        apply_router_weight_on_input,
+        w1_bias,
+        w2_bias,
+    )
+    tensors = hidden_states, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias
+    if (
+        not torch.compiler.is_compiling()
+        and not inplace
+        and quant_config is None
+        and isinstance(activation, (str, Activation))
+        and type(global_num_experts) is int
+        and type(apply_router_weight_on_input) is bool
+        and runs_directly(*tensors)
+    ):
+        result: Tensor = _remembering_layer(*arguments)
+        return result
     refuse_quant_config(quant_config)
+    return _layer(*arguments, inplace=inplace)
+
+
+def _layer(
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: ActivationLike,
+    global_num_experts: int,
+    expert_map: Tensor | None,
+    apply_router_weight_on_input: bool,
+    w1_bias: Tensor | None,
+    w2_bias: Tensor | None,
+    inplace: bool = False,
+) -> Tensor:
     require_tensors(hidden_states=hidden_states, w1=w1, w2=w2, topk_weights=topk_weights, topk_ids=topk_ids)
     require_optional_tensors(expert_map=expert_map, w1_bias=w1_bias, w2_bias=w2_bias)
     require_int("global_num_experts", global_num_experts)
@@ -106,3 +150,6 @@ def fused_experts(
         return hidden_states
     result: Tensor = fused_moe(*arguments)
     return result
+
+
+_remembering_layer = remembering(_layer)

@@ -157,7 +157,7 @@ def test_launches_while_the_inputs_device_is_current(monkeypatch: pytest.MonkeyP
 
     with simulated_gpu() as gpu:
         gpu.on_launch = lambda: launched_on.append(current[-1])
-        monkeypatch.setattr(launch_module, "_device_guard", device_guard)
+        monkeypatch.setattr(launch_module, "device_guard", device_guard)
         for _ in range(2):
             launch(act_and_mul, torch.randn(3, 64), program_text("silu"))
     assert launched_on == [1, 1] and current == [0]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from compile_moe.ops.kernels.remembered_calls import remembering as remembering
 from compile_moe.ops.untraced import untraced
 
 NAMESPACE = "compile_moe"
@@ -70,9 +71,10 @@ def define_op(
         check(*args, **kwargs)
         return torch_impl(*args, **kwargs)
 
-    def functional_cuda(*args: Any, **kwargs: Any) -> Any:
-        results = allocate(*args, **kwargs)
-        launch(results, *args, **kwargs)
+    @remembering
+    def functional_cuda(*args: Any) -> Any:
+        results = allocate(*args)
+        launch(results, *args)
         return results[0] if single else results
 
     def functional_fake(*args: Any, **kwargs: Any) -> Any:
@@ -133,8 +135,15 @@ def define_op(
 
 
 def implementation(op: torch._ops.OpOverload, *tensors: Tensor | None) -> Callable[..., Any]:
-    """What calling ``op`` on these tensors runs: on plain CUDA tensors without gradients the implementation itself,
-    where the dispatcher would find nothing else to do on its way (some 10 µs a call); else ``op``.
+    """What calling ``op`` on these tensors runs: the implementation itself, where the dispatcher would find nothing
+    else to do on its way (some 10 µs a call); else ``op``.
+    """
+    return _cuda_implementations[op] if runs_directly(*tensors) else op
+
+
+def runs_directly(*tensors: Tensor | None) -> bool:
+    """Whether an op on these tensors is nothing but its CUDA implementation: plain tensors without gradients, outside
+    of everything that traces or transforms.
     """
     if (
         torch.compiler.is_compiling()
@@ -144,14 +153,12 @@ def implementation(op: torch._ops.OpOverload, *tensors: Tensor | None) -> Callab
         or torch.is_autocast_enabled("cuda")
         or forward_ad._current_level >= 0
     ):
-        return op
+        return False
     grad = torch.is_grad_enabled()
-    for t in tensors:
-        if t is None:
-            continue
-        if type(t) not in _PLAIN or not t.is_cuda or t.is_neg() or (grad and t.requires_grad):
-            return op
-    return _cuda_implementations[op]
+    return all(
+        t is None or (type(t) in _PLAIN and t.is_cuda and not t.is_neg() and not (grad and t.requires_grad))
+        for t in tensors
+    )
 
 
 def define_composite(

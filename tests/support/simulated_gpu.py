@@ -18,8 +18,9 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from compile_moe.ops.kernels import launch
+from compile_moe.ops.kernels import launch, remembered_calls
 from compile_moe.ops.kernels.epilogue import with_epilogue
+from compile_moe.ops.kernels.warp_specialized import gather_gemm as warp_specialized
 
 
 class SimulatedGPU:
@@ -82,7 +83,7 @@ def simulated_gpu() -> Iterator[SimulatedGPU]:
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(launch, "is_cuda", lambda device: True))
         patches.enter_context(
-            mock.patch.object(launch, "_device_guard", lambda device: contextlib.nullcontext())
+            mock.patch.object(launch, "device_guard", lambda device: contextlib.nullcontext())
         )
         for cache in ("_loaded", "_ready"):
             patches.enter_context(mock.patch.object(launch, cache, {}))
@@ -90,6 +91,7 @@ def simulated_gpu() -> Iterator[SimulatedGPU]:
             mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing)
         )
         _forget_kernels(modules)
+        remembered_calls.forget()
         driver.set_active(_Driver(gpu))
         try:
             yield gpu
@@ -97,6 +99,7 @@ def simulated_gpu() -> Iterator[SimulatedGPU]:
             # Kernels unload from the driver that is active when they go.
             for kernels in (launch._loaded, launch._ready):
                 kernels.clear()
+            remembered_calls.forget()
             _forget_kernels(modules)
             gc.collect()
             driver._active = before
@@ -105,6 +108,7 @@ def simulated_gpu() -> Iterator[SimulatedGPU]:
 def _forget_kernels(modules: Iterable[ModuleType]) -> None:
     """Triton keeps with a kernel what it loaded, and so does the cache of kernels with an epilogue."""
     with_epilogue.cache_clear()
+    warp_specialized.with_epilogue.cache_clear()
     for module in modules:
         for value in vars(module).values():
             if hasattr(value, "device_caches"):

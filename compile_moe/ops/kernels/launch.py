@@ -5,17 +5,22 @@ are worked out once for each description of their arguments.
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 
 class Launch(NamedTuple):
-    """A kernel with its grid, positional arguments, and constants and compiler options."""
+    """A kernel with its grid, positional arguments, and constants and compiler options.
+
+    An argument may be a tensor descriptor of Triton's, over one of the launcher's tensors.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
@@ -37,19 +42,23 @@ class Plan(NamedTuple):
     variants: Callable[[], Iterable[Launch]]
 
 
-class _ReadyLaunch(NamedTuple):
+class ReadyLaunch(NamedTuple):
     """A compiled kernel and its arguments, constants included; of tensors, where they stand in the launcher's."""
 
     compiled: Any
     grid: tuple[int, int, int]
-    args: list[Any]
+    args: list[Any]  # a descriptor without its tensor
     tensors: tuple[tuple[int, int], ...]  # (position in args, position in the launcher's arguments)
 
 
-_ready: dict[Hashable, tuple[_ReadyLaunch, ...]] = {}
+#: Sees what :func:`launch` runs: the launches, and the arguments of the launcher.
+Recorder = Callable[[Sequence[ReadyLaunch], tuple[Any, ...]], None]
+
+_ready: dict[Hashable, tuple[ReadyLaunch, ...]] = {}
 _MOST_READY = 4096  # numbers of tokens and shapes; then all are worked out anew
 _loaded: dict[Hashable, dict[Hashable, Any]] = {}
 _lock = threading.Lock()
+_thread = threading.local()
 
 
 def pointer_key(t: Tensor) -> tuple[torch.dtype, bool]:
@@ -73,7 +82,7 @@ def launch(plan: Callable[..., Plan], *arguments: Any) -> None:
             if all(each.grid):
                 each.kernel[each.grid](*each.args, **each.options)
         return
-    with _device_guard(device):
+    with device_guard(device):
         signature = (plan, device.index, *map(_description, arguments))
         ready = _ready.get(signature)
         if ready is None:
@@ -81,11 +90,36 @@ def launch(plan: Callable[..., Plan], *arguments: Any) -> None:
             if len(_ready) >= _MOST_READY:
                 _ready.clear()
             _ready[signature] = ready
+        if (recorder := current_recorder()) is not None:
+            recorder(ready, arguments)
         for compiled, grid, args, tensors in ready:
             args = args.copy()
             for position, argument in tensors:
-                args[position] = arguments[argument]
+                tensor, descriptor = arguments[argument], args[position]
+                args[position] = tensor if descriptor is None else _with_base(descriptor, tensor)
             compiled[grid](*args)
+
+
+def current_recorder() -> Recorder | None:
+    """Of this thread."""
+    recorder: Recorder | None = getattr(_thread, "recorder", None)
+    return recorder
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Show every launch of this thread to ``recorder``."""
+    _thread.recorder = recorder
+    try:
+        yield
+    finally:
+        _thread.recorder = None
+
+
+def current_stream(device: torch.device) -> int:
+    """As Triton wants it."""
+    stream: int = driver.active.get_current_stream(device.index)
+    return stream
 
 
 def is_cuda(device: torch.device) -> bool:
@@ -98,7 +132,7 @@ def _description(argument: Any) -> Hashable:
     return argument
 
 
-def _device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if torch.cuda.current_device() == device.index:
         return contextlib.nullcontext()
     return torch.cuda.device(device)
@@ -106,7 +140,7 @@ def _device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any
 
 def _prepare(
     make_plan: Callable[..., Plan], arguments: tuple[Any, ...], device: torch.device
-) -> tuple[_ReadyLaunch, ...]:
+) -> tuple[ReadyLaunch, ...]:
     # Objects of their own: the caller may give one tensor twice, and two the next time.
     own = [argument.detach() if isinstance(argument, Tensor) else argument for argument in arguments]
     positions = {id(argument): i for i, argument in enumerate(own)}
@@ -122,11 +156,28 @@ def _prepare(
         x, y, z = (*each.grid, 1, 1)[:3]
         # A compiled kernel takes all parameters in order; those of the compiler are not among them.
         names = [p.name for p in each.kernel.params[len(each.args) :]]
-        args = [None if isinstance(a, Tensor) else a for a in each.args]
-        tensors = tuple((i, positions[id(a)]) for i, a in enumerate(each.args) if isinstance(a, Tensor))
+        bases = {i: base for i, a in enumerate(each.args) if (base := _base(a)) is not None}
+        args = [
+            a if i not in bases else None if a is bases[i] else _with_base(a, None)
+            for i, a in enumerate(each.args)
+        ]
+        tensors = tuple((i, positions[id(base)]) for i, base in bases.items())
         constants = [each.options[name] for name in names]
-        ready.append(_ReadyLaunch(compiled[_variant(each)], (x, y, z), args + constants, tensors))
+        ready.append(ReadyLaunch(compiled[_variant(each)], (x, y, z), args + constants, tensors))
     return tuple(ready)
+
+
+def _base(argument: Any) -> Tensor | None:
+    """The tensor that an argument is, or that it describes."""
+    base = argument if isinstance(argument, Tensor) else getattr(argument, "base", None)
+    return base if isinstance(base, Tensor) else None
+
+
+def _with_base(descriptor: Any, base: Tensor | None) -> Any:
+    """Like ``descriptor``, which has checked its shape and strides, over another tensor of that description."""
+    descriptor = copy.copy(descriptor)
+    descriptor.base = base
+    return descriptor
 
 
 def _variant(launch: Launch) -> Hashable:
@@ -147,7 +198,7 @@ def _load(
             return _loaded[key]
 
         def compile_and_load(launch: Launch) -> Any:
-            with _device_guard(device):
+            with device_guard(device):
                 compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
                 # The launcher property loads the module onto the device.
                 _ = compiled.run

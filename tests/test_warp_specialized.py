@@ -1,0 +1,204 @@
+"""The warp-specialized GEMMs: when they are chosen, what they launch, and on Hopper, what they compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import compile_moe
+from compile_moe.ops import gather_gemm, scatter_gemm
+from compile_moe.ops.kernels import launch as launch_module
+from compile_moe.ops.kernels import remembered_calls, tuned_tiles
+from compile_moe.ops.kernels.gemm_problem import GemmProblem, has_boxes
+from compile_moe.ops.kernels.tile_space import tile_space, why_not
+from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, WARP_SPECIALIZED_FROM, DeviceLimits
+from compile_moe.ops.kernels.tuned_tiles import TileChoice
+from compile_moe.ops.kernels.warp_specialized import row_tiles
+from compile_moe.ops.named_activations import program_text
+from tests.support.launchers import launch
+from tests.support.oracle import Layer, assert_as_accurate, make_layer
+from tests.support.simulated_gpu import simulated_gpu
+
+HOPPER = DeviceLimits(227 * 1024, async_mma=True, warp_specialized=True)
+AMPERE = DeviceLimits(163 * 1024, async_mma=False)
+PROBLEM = GemmProblem("gather_gemm", 8, 512, 256, "bfloat16", "16-bit", "concatenated", False, True, True)
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen for all GEMMs of enough rows that can run so."""
+    by_heuristic = tuned_tiles.heuristic_choice
+
+    def choose(problem: GemmProblem, num_slots: int, device_index: int | None) -> TileChoice:
+        choice = by_heuristic(problem, num_slots, device_index)
+        if why_not(WARP_SPECIALIZED, problem, tuned_tiles.device_limits(device_index)):
+            return choice
+        enough = num_slots >= WARP_SPECIALIZED_FROM * problem.num_experts
+        return TileChoice(WARP_SPECIALIZED if enough else choice.tile, (*choice.candidates, WARP_SPECIALIZED))
+
+    monkeypatch.setattr(tuned_tiles, "heuristic_choice", choose)
+    for cache in ("_ready", "_loaded"):
+        monkeypatch.setattr(launch_module, cache, {})
+    monkeypatch.setattr(remembered_calls, "_MOST_BYTES", 0)
+
+
+def test_who_can_run_it() -> None:
+    assert why_not(WARP_SPECIALIZED, PROBLEM, HOPPER) == ""
+    assert "on sm_90" in why_not(WARP_SPECIALIZED, PROBLEM, AMPERE)
+    assert "on sm_90" in why_not(WARP_SPECIALIZED, PROBLEM._replace(has_boxes=False), HOPPER)
+    assert "must be" in why_not(WARP_SPECIALIZED._replace(block_k=32), PROBLEM, HOPPER)
+    assert tile_space(PROBLEM, 64 * 8, HOPPER)[0] == WARP_SPECIALIZED
+    assert WARP_SPECIALIZED not in tile_space(PROBLEM, 64 * 8 - 1, HOPPER)
+    assert WARP_SPECIALIZED not in tile_space(PROBLEM, 64 * 8, AMPERE)
+
+
+def test_what_the_memory_accelerator_reads() -> None:
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(*shape, dtype=dtype)
+
+    x, w, out = empty(64, 128), empty(4, 64, 128), empty(96, 32)
+    assert has_boxes(x, w, out)
+    assert not has_boxes(x.float(), w.float(), out.float())
+    assert not has_boxes(x, empty(4, 128, 64).mT, out)
+    assert not has_boxes(empty(64, 132)[:, :128], w, out)
+    assert not has_boxes(empty(64 * 128 + 1)[1:].view(64, 128), w, out)
+    assert not has_boxes(x[:, :124], w[:, :, :124], out)
+    assert not has_boxes(x, w, empty(96, 36))
+    assert has_boxes(empty(64, 256)[:, :128], empty(4, 64, 256)[:, :, :128], out)
+
+
+def gemms(layer: Layer, *, zero_skipped: bool = False) -> None:
+    x, w1, w2, _, ids = layer.args
+    e, (m, topk) = w1.size(0), ids.shape
+    slots, offsets = torch.arange(m * topk, dtype=torch.int32), torch.zeros(e + 1, dtype=torch.int32)
+    rows = launch(gather_gemm, x, w1, slots, offsets, topk, layer.w1_bias, program_text("silu"), zero_skipped)
+    launch(scatter_gemm, rows, w2, slots, offsets, m, topk, layer.w2_bias, zero_skipped)
+
+
+def test_launches(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of row tiles, then the GEMM, over the tensors of each call; other numbers of tokens load nothing."""
+    for module in (row_tiles, tuned_tiles):
+        monkeypatch.setattr(module, "device_limits", lambda index: HOPPER)
+    layer, other = (make_layer(M=256, K=64, I=32, E=4, dtype=torch.bfloat16) for _ in range(2))
+    other.w1, other.w2 = layer.w1.clone(), layer.w2
+    with simulated_gpu() as gpu:
+        gemms(layer)
+        both = ["row_tiles_kernel", "gather_gemm_kernel", "row_tiles_kernel", "scatter_gemm_kernel"]
+        assert gpu.launched == both
+        gpu.capturing = True
+        gemms(layer)
+        gemms(other)
+        assert gpu.launched == both * 3
+        first, second, third = (gpu.arguments[i] for i in (1, 5, 9))
+        assert first[1] is second[1] is layer.hidden_states and third[1] is other.hidden_states
+        assert first[2].base is second[2].base is layer.w1 and third[2].base is other.w1
+        assert first[2].shape == third[2].shape == [4, 4, 2, 8, 64]
+        assert first[5].data_ptr() != 0 and first[0] is not second[0]
+        gpu.capturing = False
+        gpu.launched.clear()
+        gemms(layer, zero_skipped=True)
+        assert gpu.launched == [*both[:2], "zero_skipped_kernel", *both[2:], "zero_skipped_kernel"]
+
+
+def test_few_rows_take_other_tiles(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (row_tiles, tuned_tiles):
+        monkeypatch.setattr(module, "device_limits", lambda index: HOPPER)
+    with simulated_gpu() as gpu:
+        gemms(make_layer(M=100, K=64, I=32, E=4, dtype=torch.bfloat16))
+        assert gpu.launched == ["gather_gemm_kernel", "scatter_gemm_kernel"]
+
+
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90"
+)
+#: Arguments of make_layer, with at least 64 rows an expert.
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {"M": 700, "K": 512, "I": 256, "E": 8},
+    "interleaved, biased": {"M": 900, "K": 192, "I": 320, "E": 6, "biased": True, "activation": "swigluoai"},
+    "ungated": {"M": 600, "K": 320, "I": 136, "E": 4, "activation": "relu2_no_mul"},
+    "odd sizes": {"M": 801, "K": 136, "I": 72, "E": 5, "biased": True},
+    "skipped, mapped": {"M": 1200, "K": 128, "I": 64, "E": 4, "topk": 3, "skipped": True, "mapped": True},
+    "all on one expert": {"M": 1500, "K": 256, "I": 128, "E": 8, "topk": 1, "routing": "one"},
+    "empty experts": {"M": 900, "K": 256, "I": 128, "E": 8, "routing": "empty"},
+    "one expert": {"M": 289, "K": 64, "I": 64, "E": 1, "topk": 1},
+    "many experts": {"M": 4096, "K": 256, "I": 128, "E": 128, "topk": 8},
+    "strided": {"M": 700, "K": 256, "I": 128, "E": 8, "strided": True},
+}
+
+
+@hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case", CASES)
+def test_layer(case: str, dtype: torch.dtype, always: None) -> None:
+    layer = make_layer(**CASES[case], dtype=dtype, device="cuda")
+    first = compile_moe.fused_experts(*layer.args, **layer.options)
+    assert_as_accurate(first, layer)
+    for _ in range(3):
+        assert torch.equal(compile_moe.fused_experts(*layer.args, **layer.options), first)
+
+
+@hopper
+@pytest.mark.gpu
+def test_every_number_of_rows(always: None) -> None:
+    """Each size that a tile can have, its tail included."""
+    counts = [
+        0,
+        1,
+        31,
+        32,
+        33,
+        64,
+        65,
+        96,
+        97,
+        128,
+        129,
+        160,
+        161,
+        192,
+        256,
+        257,
+        288,
+        289,
+        320,
+        512,
+        577,
+        863,
+        865,
+    ]
+    layer = make_layer(
+        M=sum(counts), K=192, I=136, E=len(counts), topk=1, dtype=torch.bfloat16, device="cuda"
+    )
+    ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    layer.topk_ids = ids[torch.randperm(len(ids))][:, None].cuda()
+    assert_as_accurate(compile_moe.fused_experts(*layer.args), layer)
+
+
+@hopper
+@pytest.mark.gpu
+def test_values_that_are_not_finite_stay_in_their_rows(always: None) -> None:
+    layer = make_layer(M=700, K=256, I=128, E=4, dtype=torch.bfloat16, device="cuda")
+    layer.hidden_states[5] = torch.nan
+    layer.hidden_states[77] = torch.inf
+    out = compile_moe.fused_experts(*layer.args)
+    assert (~out.isfinite()).any(1).nonzero().flatten().tolist() == [5, 77]
+
+
+@hopper
+@pytest.mark.gpu
+def test_replays_with_other_routing(always: None) -> None:
+    """Also with every slot skipped: no row tile at all."""
+    layer = make_layer(M=1024, K=256, I=128, E=8, dtype=torch.bfloat16, device="cuda")
+    compile_moe.fused_experts(*layer.args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = compile_moe.fused_experts(*layer.args)
+    for ids in (torch.randint(0, 8, (1024, 2)), torch.full((1024, 2), 3), torch.full((1024, 2), -1)):
+        layer.topk_ids.copy_(ids)
+        out.fill_(torch.nan)
+        graph.replay()
+        assert_as_accurate(out, layer)
