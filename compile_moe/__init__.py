@@ -18,6 +18,7 @@ from compile_moe.modular_kernel import (
 )
 from compile_moe.ops.registry import on_fake_call
 from compile_moe.prepare_finalize import MoEPrepareAndFinalizeNoEP
+from compile_moe.quant_config import FusedMoEQuantConfig
 from compile_moe.warm_up import warm_up
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = [
     "FusedMoEModularKernel",
     "FusedMoEPermuteExpertsUnpermute",
     "FusedMoEPrepareAndFinalize",
+    "FusedMoEQuantConfig",
     "MoEPrepareAndFinalizeNoEP",
     "PrepareResult",
     "TorchExperts",

@@ -18,7 +18,7 @@ from compile_moe.ops.problem_size import (
 )
 from compile_moe.ops.registry import remembering, runs_directly
 from compile_moe.prepare_finalize import MoEPrepareAndFinalizeNoEP
-from compile_moe.unsupported import refuse_quant_config
+from compile_moe.quant_config import FusedMoEQuantConfig, require_quant_config
 
 
 def fused_experts(
@@ -33,7 +33,7 @@ def fused_experts(
     global_num_experts: int = -1,
     expert_map: Tensor | None = None,
     apply_router_weight_on_input: bool = False,
-    quant_config: None = None,
+    quant_config: FusedMoEQuantConfig | None = None,
     w1_bias: Tensor | None = None,
     w2_bias: Tensor | None = None,
 ) -> Tensor:
@@ -52,7 +52,8 @@ def fused_experts(
         global_num_experts: size of the id space; -1 for E, or for the length of expert_map.
         expert_map: (global_num_experts,) int32 or int64, global to local ids, -1 where not local.
         apply_router_weight_on_input: weight the input instead of the outputs; topk must be 1.
-        quant_config: None; quantized layers are not supported by this version.
+        quant_config: a :class:`compile_moe.FusedMoEQuantConfig` with the scales of w1 and w2, which then have the
+            scheme's layouts; on CPUs only. None for an unquantized layer.
         w1_bias: (E, N), w2_bias: (E, K), or None.
 
     Returns:
@@ -95,8 +96,8 @@ def fused_experts(
     ):
         result: Tensor = _remembering_layer(*arguments)
         return result
-    refuse_quant_config(quant_config)
-    return _layer(*arguments, inplace=inplace)
+    require_quant_config(quant_config)
+    return _layer(*arguments, inplace=inplace, quant_config=quant_config)
 
 
 def _layer(
@@ -112,14 +113,17 @@ def _layer(
     w1_bias: Tensor | None,
     w2_bias: Tensor | None,
     inplace: bool = False,
+    quant_config: FusedMoEQuantConfig | None = None,
 ) -> Tensor:
     require_tensors(hidden_states=hidden_states, w1=w1, w2=w2, topk_weights=topk_weights, topk_ids=topk_ids)
     require_optional_tensors(expert_map=expert_map, w1_bias=w1_bias, w2_bias=w2_bias)
     require_int("global_num_experts", global_num_experts)
     require(w1.dim() == 3, lambda: f"w1 must be (E, N, K), got {shape(w1)}")
     resolved = resolve_activation(activation, w1.size(1), hidden_states)
-    if resolved.function is not None:
-        kernel = FusedMoEModularKernel(MoEPrepareAndFinalizeNoEP(), TritonExperts(w1_bias, w2_bias))
+    if resolved.function is not None or quant_config is not None:
+        kernel = FusedMoEModularKernel(
+            MoEPrepareAndFinalizeNoEP(quant_config), TritonExperts(w1_bias, w2_bias, quant_config)
+        )
         return kernel(
             hidden_states,
             w1,

@@ -1,4 +1,6 @@
-"""Imports go one way: API → ops → ops.kernels, lowering → ops, and only the package's root reaches lowering."""
+"""Imports go one way: API → ops → ops.kernels and quantization, lowering → ops, and only the package's root
+reaches lowering.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,17 @@ INDUCTOR_FILE = f"{PACKAGE}.lowering.inductor_compat"
 
 # What the modules of each layer may import of this package; a module belongs to the longest prefix that fits.
 ALLOWED = {
-    PACKAGE: ("api", "ops"),
-    f"{PACKAGE}.ops": ("ops", "kernels"),
+    PACKAGE: ("api", "ops", "quantization"),
+    f"{PACKAGE}.ops": ("ops", "kernels", "quantization"),
     f"{PACKAGE}.ops.kernels": ("kernels",),
+    f"{PACKAGE}.quantization": ("quantization",),
     f"{PACKAGE}.lowering": ("lowering", "ops"),
 }
 LAYERS = {
     PACKAGE: "api",
     f"{PACKAGE}.ops": "ops",
     f"{PACKAGE}.ops.kernels": "kernels",
+    f"{PACKAGE}.quantization": "quantization",
     f"{PACKAGE}.lowering": "lowering",
 }
 
@@ -99,6 +103,9 @@ def test_imports_go_one_way(name: str, path: Path) -> None:
         ("ops/gemm.py", "import compile_moe.lowering"),
         ("ops/gemm.py", "def f():\n    from ..lowering import register"),
         ("ops/__init__.py", "from .. import activations"),
+        ("quantization/schemes/fp8.py", "from compile_moe.ops.problem_size import require"),
+        ("quantization/scheme.py", "from compile_moe import quant_config"),
+        ("ops/kernels/gemm.py", "from compile_moe.quantization import Scheme"),
         ("lowering/gemm.py", "from compile_moe.activations import Activation"),
         ("lowering/gemm.py", "from compile_moe.ops.kernels import gemm"),
         ("lowering/gemm.py", "from torch._inductor import ir"),
@@ -124,6 +131,8 @@ def test_forbidden_import_is_found(tmp_path: Path, file: str, line: str) -> None
         ("lowering/inductor_compat.py", "from torch._inductor import ir"),
         ("lowering/gemm.py", "from . import inductor_compat\nfrom ..ops.gemm import outputs"),
         ("experts/triton.py", "from compile_moe.ops import gather_gemm"),
+        ("ops/gemm.py", "from compile_moe.quantization import parse_scheme"),
+        ("quant_config.py", "from compile_moe.quantization import make_scheme"),
     ],
     ids=lambda text: text.splitlines()[-1].strip().replace(" ", "_"),
 )

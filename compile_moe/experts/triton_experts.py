@@ -5,18 +5,21 @@ from __future__ import annotations
 from torch import Tensor
 
 from compile_moe.activations import ActivationLike, call_activation, resolve_activation
-from compile_moe.experts.unquantized import UnquantizedExperts
+from compile_moe.experts.built_in import BuiltInExperts
+from compile_moe.experts.quantized import QuantizedLayer, Stages, run_quantized
 from compile_moe.ops.fused_moe import check_intermediate, run_experts
 from compile_moe.ops.gather_gemm import gather_gemm
+from compile_moe.ops.quantized_gather_gemm import quantized_gather_gemm
+from compile_moe.ops.quantized_scatter_gemm import quantized_scatter_gemm
 from compile_moe.ops.scatter_gemm import scatter_gemm
 from compile_moe.ops.sort_tokens import sort_tokens
 
 
-class TritonExperts(UnquantizedExperts):
+class TritonExperts(BuiltInExperts):
     """Token sort, GEMM 1 with the activation in its epilogue, GEMM 2.
 
     An activation that is no function of one gate and one up element, and an overridden ``activation`` method, run
-    between the GEMMs instead of in the epilogue.
+    between the GEMMs instead of in the epilogue. The ops of quantized layers have no CUDA kernels yet.
     """
 
     def compute(
@@ -55,3 +58,14 @@ class TritonExperts(UnquantizedExperts):
         else:
             intermediate = call_activation(function, gate_up, w2.size(2))
         return scatter_gemm(intermediate, w2, slots, offsets, m, topk, self.w2_bias, zero_skipped)
+
+    def compute_quantized(
+        self,
+        layer: QuantizedLayer,
+        topk_ids: Tensor,
+        activation: ActivationLike,
+        expert_map: Tensor | None,
+        zero_skipped: bool,
+    ) -> Tensor:
+        stages = Stages(sort_tokens, quantized_gather_gemm, quantized_scatter_gemm)
+        return run_quantized(self, stages, layer, topk_ids, activation, expert_map, zero_skipped)

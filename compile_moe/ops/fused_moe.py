@@ -92,7 +92,7 @@ def check_experts(
     expert_map: Tensor | None,
 ) -> None:
     """Check the tokens that experts with float weights get, their weights, and the space of the ids."""
-    num_experts, k, topk = w1.size(0), w2.size(1), topk_ids.size(1)
+    k = w2.size(1)
     require(
         hidden_states.size(1) == k and w1.size(2) == k,
         lambda: (
@@ -100,8 +100,14 @@ def check_experts(
             f"{shape(w1)} and {shape(w2)}"
         ),
     )
-    if not _is_autocast(hidden_states.device.type):
+    if not is_autocast(hidden_states.device.type):
         check_same("hidden_states", hidden_states, w1=w1, w2=w2)
+    check_id_space(w1, topk_ids, global_num_experts, expert_map)
+
+
+def check_id_space(w1: Tensor, topk_ids: Tensor, global_num_experts: int, expert_map: Tensor | None) -> None:
+    """Check the number of experts that the ids may name."""
+    num_experts, topk = w1.size(0), topk_ids.size(1)
     require_int("global_num_experts", global_num_experts)
     num_global = num_experts if expert_map is None else expert_map.size(0)
     require(
@@ -118,7 +124,7 @@ def check_experts(
     )
 
 
-def _is_autocast(device_type: str) -> bool:
+def is_autocast(device_type: str) -> bool:
     # Devices without autocast raise in torch; dynamo can't trace is_autocast_available (torch 2.11).
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
@@ -128,14 +134,15 @@ def check_biases(w1: Tensor, w2: Tensor, w1_bias: Tensor | None, w2_bias: Tensor
     check_bias("w2_bias", w2_bias, "(E, K)", w2)
 
 
-def check_intermediate(w1: Tensor, w2: Tensor, activation: object, gated: bool) -> None:
-    """Check w1's N against w2's I."""
-    n, i = w1.size(1), w2.size(2)
+def check_intermediate(w1: Tensor, w2: Tensor, activation: object, gated: bool, packed: int = 1) -> None:
+    """Check w1's N against w2's I, of which an element of w2 holds ``packed``."""
+    n, i = w1.size(1), w2.size(2) * packed
     require(
         n == (2 * i if gated else i),
         lambda: (
             f"w1 (E, N, K) must have N = {'2 * I' if gated else 'I'} for w2 (E, K, I), since activation "
             f"{activation!r} maps N columns to {'N / 2' if gated else 'N'}, got {shape(w1)} and {shape(w2)}"
+            f"{f', which holds {packed} columns in an element' if packed > 1 else ''}"
         ),
     )
 

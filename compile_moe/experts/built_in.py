@@ -1,0 +1,241 @@
+"""What the built-in experts share: biases, quantization, checks, workspaces, the published ``apply``."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from compile_moe.activations import ActivationLike
+from compile_moe.experts.quantized import QuantizedLayer
+from compile_moe.modular_kernel import FusedMoEPermuteExpertsUnpermute
+from compile_moe.ops.fused_moe import check_biases, check_experts, check_id_space, is_autocast
+from compile_moe.ops.problem_size import require, require_optional_tensors, shape
+from compile_moe.quant_config import (
+    FusedMoEQuantConfig,
+    SchemeFacts,
+    check_static_scale,
+    check_zero_points,
+    given_once,
+    refuse_scales,
+    require_quant_config,
+)
+
+
+class BuiltInExperts(FusedMoEPermuteExpertsUnpermute):
+    """Base of the built-in experts.
+
+    Args:
+        w1_bias: (E, N), added before the activation, or None.
+        w2_bias: (E, K), added to each expert's output before it is weighted, or None.
+        quant_config: how the weights and the tokens from ``prepare`` are quantized, or None. Results then have
+            workspace13's dtype (under autocast, the autocast dtype): quantized tokens don't say what they were.
+    """
+
+    def __init__(
+        self,
+        w1_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
+        quant_config: FusedMoEQuantConfig | None = None,
+    ) -> None:
+        require_quant_config(quant_config)
+        self.quant_config = quant_config
+        require_optional_tensors(w1_bias=w1_bias, w2_bias=w2_bias)
+        self.w1_bias = w1_bias
+        self.w2_bias = w2_bias
+
+    @abstractmethod
+    def compute(
+        self,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_ids: Tensor,
+        activation: ActivationLike,
+        expert_map: Tensor | None,
+        zero_skipped: bool,
+    ) -> Tensor:
+        """Expert outputs (M, topk, K); slots that nobody computes are zeros if ``zero_skipped``."""
+
+    @abstractmethod
+    def compute_quantized(
+        self,
+        layer: QuantizedLayer,
+        topk_ids: Tensor,
+        activation: ActivationLike,
+        expert_map: Tensor | None,
+        zero_skipped: bool,
+    ) -> Tensor:
+        """``compute`` for a quantized layer."""
+
+    def workspace_shapes(
+        self, a: Tensor, M: int, N: int, K: int, topk: int, num_experts: int
+    ) -> tuple[int, int, torch.dtype]:
+        """The published sizes: both GEMMs' results share workspace13. These experts use neither workspace."""
+        return M * topk * max(N, K), M * topk * N, a.dtype
+
+    def apply(
+        self,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_ids: Tensor,
+        activation: ActivationLike,
+        global_num_experts: int,
+        expert_map: Tensor | None,
+        w1_scale: Tensor | None,
+        w2_scale: Tensor | None,
+        w1_zp: Tensor | None,
+        w2_zp: Tensor | None,
+        a1q_scale: Tensor | None,
+        a2_scale: Tensor | None,
+        workspace13: Tensor,
+        workspace2: Tensor,
+        expert_num_tokens: Tensor | None,
+    ) -> Tensor:
+        """Expert outputs (M, topk, K) in freshly allocated memory; zeros in slots that nobody computes."""
+        return self._run(
+            True,
+            hidden_states,
+            w1,
+            w2,
+            topk_ids,
+            activation,
+            global_num_experts,
+            expert_map,
+            workspace13.dtype,
+            expert_num_tokens,
+            w1_scale=w1_scale,
+            w2_scale=w2_scale,
+            w1_zp=w1_zp,
+            w2_zp=w2_zp,
+            a1q_scale=a1q_scale,
+            a2_scale=a2_scale,
+        )
+
+    def apply_unfilled(
+        self,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_ids: Tensor,
+        activation: ActivationLike,
+        global_num_experts: int,
+        expert_map: Tensor | None,
+        w1_scale: Tensor | None,
+        w2_scale: Tensor | None,
+        w1_zp: Tensor | None,
+        w2_zp: Tensor | None,
+        a1q_scale: Tensor | None,
+        a2_scale: Tensor | None,
+        workspace13: Tensor,
+        workspace2: Tensor,
+        expert_num_tokens: Tensor | None,
+    ) -> Tensor:
+        """``apply``, leaving slots that nobody computes unwritten."""
+        return self._run(
+            False,
+            hidden_states,
+            w1,
+            w2,
+            topk_ids,
+            activation,
+            global_num_experts,
+            expert_map,
+            workspace13.dtype,
+            expert_num_tokens,
+            w1_scale=w1_scale,
+            w2_scale=w2_scale,
+            w1_zp=w1_zp,
+            w2_zp=w2_zp,
+            a1q_scale=a1q_scale,
+            a2_scale=a2_scale,
+        )
+
+    apply_unfilled_counterpart = apply
+
+    def _run(
+        self,
+        zero_skipped: bool,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_ids: Tensor,
+        activation: ActivationLike,
+        global_num_experts: int,
+        expert_map: Tensor | None,
+        workspace_dtype: torch.dtype,
+        expert_num_tokens: Tensor | None,
+        **scales: Tensor | None,
+    ) -> Tensor:
+        name = type(self).__name__
+        if self.quant_config is None:
+            refuse_scales(name, **scales)
+        require(
+            hidden_states.dim() == 2 and expert_num_tokens is None,
+            lambda: (
+                f"{name} takes tokens (M, K) without expert_num_tokens, got {shape(hidden_states)}; the batched "
+                "format (E, max_num_tokens, K) needs an experts class for it"
+            ),
+        )
+        if self.quant_config is None:
+            check_experts(hidden_states, w1, w2, topk_ids, global_num_experts, expert_map)
+            check_biases(w1, w2, self.w1_bias, self.w2_bias)
+            return self.compute(hidden_states, w1, w2, topk_ids, activation, expert_map, zero_skipped)
+        check_id_space(w1, topk_ids, global_num_experts, expert_map)
+        layer = self._quantized_layer(self.quant_config, hidden_states, w1, w2, workspace_dtype, **scales)
+        return self.compute_quantized(layer, topk_ids, activation, expert_map, zero_skipped)
+
+    def _quantized_layer(
+        self,
+        config: FusedMoEQuantConfig,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        dtype: torch.dtype,
+        *,
+        w1_scale: Tensor | None,
+        w2_scale: Tensor | None,
+        w1_zp: Tensor | None,
+        w2_zp: Tensor | None,
+        a1q_scale: Tensor | None,
+        a2_scale: Tensor | None,
+    ) -> QuantizedLayer:
+        facts = config.facts
+        w1_zp = given_once("w1_zp", w1_zp, config.w1_zp)
+        w2_zp = given_once("w2_zp", w2_zp, config.w2_zp)
+        check_zero_points(facts, w1_zp, w2_zp)
+        a2_scale = given_once("a2_scale", a2_scale, config.a2_scale)
+        check_static_scale(facts, "a2_scale", a2_scale, w1.size(0))
+        w1_bias, w2_bias, device_type = self.w1_bias, self.w2_bias, hidden_states.device.type
+        if is_autocast(device_type) and dtype is not torch.float64:
+            dtype = torch.get_autocast_dtype(device_type)
+            w1_bias, w2_bias = (b if b is None else b.to(dtype) for b in (w1_bias, w2_bias))
+            if not facts.scaling:
+                hidden_states = hidden_states.to(dtype)
+        return QuantizedLayer(
+            facts,
+            dtype,
+            hidden_states,
+            a1q_scale,
+            w1,
+            _weight_scale(facts, "w1", w1_scale, config.w1_scale),
+            w1_zp,
+            w1_bias,
+            w2,
+            _weight_scale(facts, "w2", w2_scale, config.w2_scale),
+            w2_zp,
+            w2_bias,
+            a2_scale,
+        )
+
+
+def _weight_scale(facts: SchemeFacts, name: str, given: Tensor | None, configured: Tensor | None) -> Tensor:
+    scale = given_once(f"{name}_scale", given, configured)
+    if scale is None:
+        raise ValueError(
+            f"{name}_scale is missing: scheme {facts.text} needs {facts.scale_layout} of {name}; pass it in the "
+            "quant_config, or to the call"
+        )
+    return scale
