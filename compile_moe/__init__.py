@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from compile_moe import integrations, routers
 from compile_moe.activations import Activation
+from compile_moe.checkpoints import repack_awq, repack_compressed_tensors, repack_gptq
 from compile_moe.experts import TorchExperts, TritonExperts
 from compile_moe.fused_experts import fused_experts
 from compile_moe.modular_kernel import (
@@ -19,6 +20,7 @@ from compile_moe.modular_kernel import (
 from compile_moe.ops.registry import on_fake_call
 from compile_moe.prepare_finalize import MoEPrepareAndFinalizeNoEP
 from compile_moe.quant_config import FusedMoEQuantConfig
+from compile_moe.quantize_weights import dequantize_weights, quantize_weights
 from compile_moe.warm_up import warm_up
 
 if TYPE_CHECKING:
@@ -37,9 +39,14 @@ __all__ = [
     "TorchExperts",
     "TritonExperts",
     "_moe_problem_size",
+    "dequantize_weights",
     "explain",
     "fused_experts",
     "integrations",
+    "quantize_weights",
+    "repack_awq",
+    "repack_compressed_tensors",
+    "repack_gptq",
     "routers",
     "warm_up",
 ]

@@ -1,6 +1,6 @@
 """int8 weights with one scale a row; tokens with one scale each.
 
-scale = max(max|w| / 127, 2^-126),  q = int8(clamp(w / scale, -127, 127)),  w = q * scale
+scale = max(max|w| / 127, 2^-126),  q = round(clamp(w / scale, -127, 127)),  w = q * scale
 """
 
 from __future__ import annotations
