@@ -45,7 +45,7 @@ GATHER: list[Change] = [
     ("w-scale-act", INT4, 3, lambda t: t.half(), TypeError, r"w1_scale .* \(5, 96, 3\), .*float32 .*got .*float16"),
     ("w-scale-mx", MX, 3, lambda t: t.float(), TypeError, r"w1_scale .* \(5, 128, 2\), .*uint8 .*got torch.float32"),
     ("w-scale-blocks", BLOCK, 3, lambda t: t[:, :4], ValueError, r"w1_scale .* \(5, 5, 2\), .*got \(5, 4, 2\)"),
-    ("zp-superfluous", FP8, 4, lambda t: torch.zeros(5, 80, 1).byte(), ValueError, r"no zero points: .*got \(5, 80, 1\)"),
+    ("zp-superfluous", FP8, 4, lambda t: torch.ones(5, 80, 1).byte(), ValueError, r"no zero .*got \(5, 80, 1\)"),
     ("zp-unpacked", INT4, 4, lambda t: t.repeat(1, 2, 1), ValueError, r"w1_zp .*\(5, 48, 3\), .*got \(5, 96, 3\)"),
     ("zp-int8", INT4, 4, lambda t: t.to(torch.int8), TypeError, r"w1_zp .* \(5, 48, 3\), .*uint8 .*got torch.int8"),
     ("slots-fewer", FP8, 5, lambda t: t[:3], ValueError, r"sorted_slots must be .*9 \* 2,\), got \(3,\)"),

@@ -96,7 +96,7 @@ class _PostExpertNorm(MoEPrepareAndFinalizeNoEP):
 def fp8_experts_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Refusal of modules whose experts transformers quantized to FP8."""
     raise NotImplementedError(
-        f"{type(self).__name__} holds FP8 weights, which compile_moe does not support yet; load the model with "
+        f"{type(self).__name__} holds FP8 weights, which this integration does not run yet; load the model with "
         "FineGrainedFP8Config(dequantize=True), or choose another experts_implementation ('grouped_mm', 'eager')"
     )
 
@@ -112,7 +112,7 @@ def _weight(module: Any, name: str) -> Tensor:
     if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise TypeError(
             f"{type(module).__name__}.{name} must be bfloat16, float16, float32 or float64, got {weight.dtype}; "
-            "compile_moe does not support quantized experts yet: load the model dequantized, or choose another "
+            "this integration does not run quantized experts yet: load the model dequantized, or choose another "
             "experts_implementation"
         )
     return weight
