@@ -15,7 +15,7 @@ from compile_moe.ops.sort_tokens import sort_tokens_torch
 from compile_moe.quantization import parse_scaling
 from tests.support.oracle import CASES, make_layer
 from tests.support.quantized import VARIANTS, make_quantized
-from tests.support.quantized_inputs import STAGES, op, stage_inputs
+from tests.support.quantized_inputs import STAGES, op, opcheck, stage_inputs
 
 SHAPES = (
     "plain",
@@ -41,13 +41,13 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("variant", "case"), cases())
 def test_opcheck(variant: str, case: str, stage: str) -> None:
-    torch.library.opcheck(op(stage), stage_inputs(make_quantized(VARIANTS[variant], **CASES[case]))[stage])
+    opcheck(op(stage), stage_inputs(make_quantized(VARIANTS[variant], **CASES[case]))[stage])
 
 
 @pytest.mark.parametrize("static", ["one", "each"])
 def test_opcheck_of_static_scales(static: str) -> None:
     x, scale = torch.randn(5, 24), torch.rand(1) if static == "one" else torch.rand(5, 1)
-    torch.library.opcheck(op("quantize_tokens"), (x, "float8_e4m3fn per tensor", scale))
+    opcheck(op("quantize_tokens"), (x, "float8_e4m3fn per tensor", scale))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -75,7 +75,7 @@ def test_out_overload(variant: str, case: str, stage: str) -> None:
     assert overload(*arguments, **outs) is None
     for out, e in zip(outs.values(), expected, strict=True):
         assert torch.equal(out.view(torch.uint8), e.view(torch.uint8))
-    torch.library.opcheck(overload, arguments, outs)
+    opcheck(overload, arguments, outs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
