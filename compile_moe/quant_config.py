@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,8 @@ class FusedMoEQuantConfig:
     w2_zp: Tensor | None = None
     a1_scale: Tensor | None = None
     a2_scale: Tensor | None = None
+    #: What the scheme is, worked out once: sizes that vary among layers would be symbols in a graph.
+    facts: SchemeFacts = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         require_optional_tensors(
@@ -52,15 +54,12 @@ class FusedMoEQuantConfig:
             a1_scale=self.a1_scale,
             a2_scale=self.a2_scale,
         )
-        facts = self.facts
+        block_shape = None if self.block_shape is None else tuple(self.block_shape)
+        facts = SchemeFacts(*_facts(self.scheme, block_shape, self.group_size))
+        object.__setattr__(self, "facts", facts)
         check_zero_points(facts, self.w1_zp, self.w2_zp, complete=False)
         check_static_scale(facts, "a1_scale", self.a1_scale)
         check_static_scale(facts, "a2_scale", self.a2_scale)
-
-    @property
-    def facts(self) -> SchemeFacts:
-        block_shape = None if self.block_shape is None else tuple(self.block_shape)
-        return SchemeFacts(*_facts(self.scheme, block_shape, self.group_size))
 
 
 class SchemeFacts(NamedTuple):

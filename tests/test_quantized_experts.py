@@ -1,46 +1,23 @@
-"""Quantized layers against float64: every scheme, hostile layers, every activation, eager and compiled."""
+"""Quantized layers against float64: every scheme, hostile layers, every activation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import compile_moe
-from compile_moe import FusedMoEModularKernel, MoEPrepareAndFinalizeNoEP, TorchExperts, TritonExperts
+from compile_moe import FusedMoEModularKernel, MoEPrepareAndFinalizeNoEP
 from tests.support.oracle import ACTIVATIONS, CASES
-from tests.support.quantized import VARIANTS, Quantized, Variant, assert_as_accurate, make_quantized
+from tests.support.quantized import VARIANTS, Variant, assert_as_accurate, make_quantized
+from tests.support.quantized_calls import CALLABLES, EXPERTS, STATIC, kernel_of, run
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-EXPERTS: dict[str, type[Any]] = {"TritonExperts": TritonExperts, "TorchExperts": TorchExperts}
 FP8 = Variant("fp8_w8a8_tensor")
-STATIC = ("one", "each")
-
-
-def kernel_of(q: Quantized, experts: str, **changes: Any) -> Callable[..., Tensor]:
-    config = q.config(**changes)
-    made = EXPERTS[experts](q.layer.w1_bias, q.layer.w2_bias, config)
-    return FusedMoEModularKernel(MoEPrepareAndFinalizeNoEP(config), made)
-
-
-def run(q: Quantized, experts: str = "fused_experts", backend: str | None = None) -> Tensor:
-    options = q.layer.options
-    function: Callable[..., Tensor]
-    if experts == "fused_experts":
-        function, options = compile_moe.fused_experts, options | {"quant_config": q.config()}
-    else:
-        function = kernel_of(q, experts)
-        options = {k: v for k, v in options.items() if not k.endswith("_bias")}
-    if backend is not None:
-        torch.compiler.reset()
-        function = torch.compile(function, fullgraph=True, backend=backend)
-    return function(*q.args, **options)
 
 
 @pytest.mark.usefixtures("poison_empty")
@@ -70,16 +47,6 @@ def test_float64(variant: str) -> None:
 def test_activation(variant: str, activation: str) -> None:
     q = make_quantized(VARIANTS[variant], M=17, activation=activation, biased=True)
     assert_as_accurate(run(q), q)
-
-
-CALLABLES: dict[str, Any] = {
-    "pointwise": lambda x: F.silu(x[..., ::2].clamp(max=1.5)) * (x[..., 1::2] + 1),
-    "row-wise": lambda x: F.softmax(x.chunk(2, -1)[0], -1) * x.chunk(2, -1)[1],
-    # What is no zero for zeros must not reach a scale over all rows from skipped slots.
-    "offset": lambda x: (
-        F.softmax(x.chunk(2, -1)[0], -1) * 0 + x.chunk(2, -1)[1] + 3.0 * (x.sum(-1, keepdim=True) == 0)
-    ),
-}
 
 
 @pytest.mark.parametrize("experts", ["fused_experts", *EXPERTS])
@@ -112,73 +79,6 @@ def test_overridden_activation(variant: str, experts: str) -> None:
 
     kernel = FusedMoEModularKernel(MoEPrepareAndFinalizeNoEP(q.config()), Own(quant_config=q.config()))
     assert_as_accurate(kernel(*q.args), q)
-
-
-@pytest.mark.parametrize("experts", ["fused_experts", *EXPERTS])
-@pytest.mark.parametrize("case", ["M0", "odd", "skipped-mapped", "topk1-on-input"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_compiled(variant: str, case: str, experts: str) -> None:
-    q = make_quantized(VARIANTS[variant], **CASES[case])
-    assert_as_accurate(run(q, experts, "aot_eager"), q)
-
-
-@pytest.mark.parametrize("experts", EXPERTS)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_through_inductor(variant: str, experts: str) -> None:
-    q = make_quantized(VARIANTS[variant], E=3, skipped=True, mapped=True, biased=True, dtype=torch.bfloat16)
-    assert_as_accurate(run(q, experts, "inductor"), q)
-
-
-@pytest.mark.parametrize("static", STATIC)
-def test_static_scales_through_inductor(static: str) -> None:
-    q = make_quantized(FP8, static=static, skipped=True, dtype=torch.bfloat16)
-    assert_as_accurate(run(q, "TritonExperts", "inductor"), q)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_callable_through_inductor(variant: str) -> None:
-    function = CALLABLES["row-wise"]
-    q = make_quantized(VARIANTS[variant], activation=function, function=function, skipped=True)
-    assert_as_accurate(run(q, "fused_experts", "inductor"), q)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_one_compile_for_all_token_counts(variant: str) -> None:
-    first = make_quantized(VARIANTS[variant], M=7)
-    config, options = first.config(), {"fullgraph": True}
-    counter = CompileCounterWithBackend("inductor")
-
-    def layer(x: Tensor, w1: Tensor, w2: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        return compile_moe.fused_experts(x, w1, w2, weights, ids, quant_config=config)
-
-    compiled = torch.compile(layer, backend=counter, **options)
-    for m in (7, 2, 3, 16, 333):
-        more = make_quantized(VARIANTS[variant], M=m)
-        more.q1, more.q2, more.layer.w1, more.layer.w2 = first.q1, first.q2, first.layer.w1, first.layer.w2
-        args = more.args
-        if m == 7:
-            for i in (0, 3, 4):
-                torch._dynamo.mark_dynamic(args[i], 0)
-        assert_as_accurate(compiled(*args), more)
-    assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("variant", ["fp8_w8a8_block-block_shape(16,24)", "int4_w4a16-group_size16-zp"])
-def test_one_compile_for_unbacked_token_counts(variant: str) -> None:
-    first = make_quantized(VARIANTS[variant], M=7)
-    config = first.config()
-    counter = CompileCounterWithBackend("inductor")
-    compiled = torch.compile(
-        lambda *args: compile_moe.fused_experts(*args, quant_config=config), backend=counter, fullgraph=True
-    )
-    for m in (7, 1, 0, 16):
-        more = make_quantized(VARIANTS[variant], M=m)
-        more.q1, more.q2, more.layer.w1, more.layer.w2 = first.q1, first.q2, first.layer.w1, first.layer.w2
-        args = more.args
-        for i in (0, 3, 4):
-            torch._dynamo.decorators.mark_unbacked(args[i], 0)
-        assert_as_accurate(compiled(*args), more)
-    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("experts", EXPERTS)
@@ -275,3 +175,22 @@ def test_prepare_quantizes_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compile_moe.experts.quantized.quantize_tokens", spy)
     run(q)
     assert seen == [(9, 48), (27, 40)]
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_expert_is_dequantized_at_a_time(
+    variant: str, experts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none that has no rows."""
+    q = make_quantized(VARIANTS[variant], M=20, routing="empty")
+    scheme = type(q.variant.made)
+    dequantize, seen = scheme.dequantize, []
+
+    def spy(self: Any, weight: Tensor, *args: Any) -> Tensor:
+        seen.append(weight.dim())
+        return dequantize(self, weight, *args)
+
+    monkeypatch.setattr(scheme, "dequantize", spy)
+    run(q, experts)
+    assert set(seen) == {2} and len(seen) == 2 * 3
