@@ -75,7 +75,7 @@ def test_overridden_activation(variant: str, experts: str) -> None:
     class Own(EXPERTS[experts]):  # type: ignore[misc]
         def activation(self, activation: Any, output: Tensor, input: Tensor) -> None:
             gate, up = input.chunk(2, -1)
-            output.copy_(torch.where(input.abs().sum(-1, keepdim=True) == 0, 99.0, F.silu(gate) * up))
+            output.copy_(torch.where(input.abs().sum(-1, keepdim=True) == 0, 1e5, F.silu(gate) * up))
 
     kernel = FusedMoEModularKernel(MoEPrepareAndFinalizeNoEP(q.config()), Own(quant_config=q.config()))
     assert_as_accurate(kernel(*q.args), q)
@@ -136,7 +136,8 @@ def test_expert_parallel_shards_add_up(variant: str) -> None:
         total += compile_moe.fused_experts(
             x, w1[rank::2], w2[rank::2], weights, ids, expert_map=expert_map, quant_config=config
         )
-    assert_as_accurate(total, q)
+    # Each rank's rows have a scale of their own, where that is over all rows.
+    assert_as_accurate(total, q, same_scales=False)
 
 
 class ZeroedFinalize(MoEPrepareAndFinalizeNoEP):

@@ -157,16 +157,21 @@ def make_quantized(
     if static:
         num = layer.w1.size(0) if static == "each" else 1
         result.a1_scale = torch.rand(num) / 448 + 4 / 448
-        result.a2_scale = torch.rand(num) / 448 + 2 / 448
+        # Some experts' rows are cut off.
+        result.a2_scale = torch.rand(num).square() * 2 / 448 + 0.1 / 448
     return result
 
 
-def assert_as_accurate(result: Tensor, quantized: Quantized, factor: float = 2.0) -> None:
+def assert_as_accurate(
+    result: Tensor, quantized: Quantized, factor: float = 2.0, same_scales: bool = True
+) -> None:
     """Against float64, at most ``factor`` times the error of the scheme in plain PyTorch, quantized at the same points.
 
-    As :func:`tests.support.oracle.assert_as_accurate`: in the Frobenius norm, with ``factor`` roundings on top.
+    As :func:`tests.support.oracle.assert_as_accurate`: in the Frobenius norm, with ``factor`` roundings on top. Most
+    of that error is the tokens' quantization, which both share, so float32 must also agree with plain PyTorch
+    (unless it has other scales), but for a number here and there that rounds to its other neighbour.
     """
-    exact = quantized.exact()
+    exact, plain = quantized.exact(), quantized.plain().double()
     dtype = quantized.layer.hidden_states.dtype
     assert result.shape == exact.shape and result.dtype is dtype
     assert torch.isfinite(result).all(), "not finite"
@@ -175,6 +180,8 @@ def assert_as_accurate(result: Tensor, quantized: Quantized, factor: float = 2.0
     if result.numel() < 256:
         factor *= 2
     error = (result.double() - exact).norm().item()
-    plain = (quantized.plain().double() - exact).norm().item()
-    bound = factor * (plain + torch.finfo(dtype).eps * exact.abs().max().item())
+    bound = factor * ((plain - exact).norm().item() + torch.finfo(dtype).eps * exact.abs().max().item())
     assert error <= bound, f"error {error:.3e} exceeds {factor} x plain PyTorch's: {bound:.3e}"
+    if dtype is torch.float32 and same_scales:
+        difference = (result.double() - plain).norm().item()
+        assert difference <= 0.02 * plain.norm().item(), f"differs from plain PyTorch by {difference:.3e}"

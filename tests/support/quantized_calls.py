@@ -21,9 +21,8 @@ CALLABLES: dict[str, Any] = {
     "pointwise": lambda x: F.silu(x[..., ::2].clamp(max=1.5)) * (x[..., 1::2] + 1),
     "row-wise": lambda x: F.softmax(x.chunk(2, -1)[0], -1) * x.chunk(2, -1)[1],
     # What is no zero for zeros must not reach a scale over all rows from skipped slots.
-    "offset": lambda x: (
-        F.softmax(x.chunk(2, -1)[0], -1) * 0 + x.chunk(2, -1)[1] + 3.0 * (x.sum(-1, keepdim=True) == 0)
-    ),
+    "pointwise-of-zero": lambda x: torch.where(x.chunk(2, -1)[0] == 0, 1e5, F.silu(x.chunk(2, -1)[0])),
+    "row-wise-of-zero": lambda x: x.chunk(2, -1)[1] + 1e5 * (x.abs().sum(-1, keepdim=True) == 0),
 }
 
 
