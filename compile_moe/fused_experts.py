@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from compile_moe.activations import Activation, ActivationLike, resolve_activation
 from compile_moe.experts import TritonExperts
 from compile_moe.modular_kernel import FusedMoEModularKernel
-from compile_moe.ops.fused_moe import fused_moe, fused_moe_
+from compile_moe.ops.fused_moe import fused_moe, fused_moe_, fused_moe_of_stages
 from compile_moe.ops.problem_size import (
     require,
     require_int,
@@ -89,12 +92,13 @@ def fused_experts(
         not torch.compiler.is_compiling()
         and not inplace
         and quant_config is None
+        and isinstance(hidden_states, Tensor)
         and isinstance(activation, (str, Activation))
         and type(global_num_experts) is int
         and type(apply_router_weight_on_input) is bool
         and runs_directly(*tensors)
     ):
-        result: Tensor = _remembering_layer(*arguments)
+        result: Tensor = _layer_remembered(*arguments)
         return result
     require_quant_config(quant_config)
     return _layer(*arguments, inplace=inplace, quant_config=quant_config)
@@ -114,6 +118,7 @@ def _layer(
     w2_bias: Tensor | None,
     inplace: bool = False,
     quant_config: FusedMoEQuantConfig | None = None,
+    run: Callable[..., Tensor] = fused_moe,
 ) -> Tensor:
     require_tensors(hidden_states=hidden_states, w1=w1, w2=w2, topk_weights=topk_weights, topk_ids=topk_ids)
     require_optional_tensors(expert_map=expert_map, w1_bias=w1_bias, w2_bias=w2_bias)
@@ -152,8 +157,8 @@ def _layer(
     if inplace:
         fused_moe_(*arguments)
         return hidden_states
-    result: Tensor = fused_moe(*arguments)
-    return result
+    return run(*arguments)
 
 
-_remembering_layer = remembering(_layer)
+# The op's parts, not the op: a call that is recorded shows all that it does.
+_layer_remembered = remembering(functools.partial(_layer, run=fused_moe_of_stages))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from compile_moe.ops.named_activations import program_text, resolve
 from tests.support.oracle import CASES, Layer, assert_as_accurate, make_layer
 from tests.support.simulated_gpu import SimulatedGPU, simulated_gpu
 
+layer_module = sys.modules["compile_moe.fused_experts"]
 SHAPE: dict[str, Any] = {"M": 5, "K": 64, "I": 32, "E": 4, "topk": 2, "dtype": torch.bfloat16}
 GEMMS = ["_sort_small", "gather_gemm_kernel", "scatter_gemm_kernel"]
 
@@ -25,7 +27,12 @@ GEMMS = ["_sort_small", "gather_gemm_kernel", "scatter_gemm_kernel"]
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedGPU]:
     """On which ops run their CUDA implementations on tensors of the CPU."""
-    monkeypatch.setattr(registry, "runs_directly", lambda *tensors: True)
+
+    def runs_directly(*tensors: Tensor | None) -> bool:
+        return not registry.is_watched()
+
+    monkeypatch.setattr(registry, "runs_directly", runs_directly)
+    monkeypatch.setattr(layer_module, "runs_directly", runs_directly)
     with simulated_gpu() as simulated:
         yield simulated
 
@@ -155,10 +162,54 @@ def test_the_memory_is_bounded(gpu: SimulatedGPU, monkeypatch: pytest.MonkeyPatc
         assert 1 <= len(remembered_calls._remembered[run_experts]) <= 3
 
 
+def remembered_layers() -> list[Any]:
+    return list(remembered_calls._remembered[layer_module._layer_remembered.__wrapped__].values())
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode, torch.enable_grad], ids=lambda m: m.__name__
+)
+def test_layers(gpu: SimulatedGPU, mode: Callable[[], Any]) -> None:
+    """What torch computes in a layer, and where, is seen in every mode."""
+    with mode():
+        for options in ({}, {"mapped": True, "biased": True}):
+            for _ in range(2):
+                layer = make_layer(**SHAPE, **options)
+                compile_moe.fused_experts(*layer.args, **layer.options)
+        assert [call is not None for call in remembered_layers()] == [True, True]
+        assert gpu.launched == [*GEMMS, "weight_and_reduce_kernel"] * 4
+        on_input = make_layer(**{**SHAPE, "topk": 1}, apply_router_weight_on_input=True)
+        strided = make_layer(**SHAPE, mapped=True)
+        assert strided.expert_map is not None
+        strided.expert_map = torch.stack([strided.expert_map] * 2, 1)[:, 0]
+        for layer in (on_input, strided):
+            gpu.arguments.clear()
+            for _ in range(2):
+                compile_moe.fused_experts(*layer.args, **layer.options)
+            assert all(isinstance(arguments[0], Tensor) for arguments in gpu.arguments[1:])
+        assert remembered_layers()[2:] == [None, None]
+
+
+def test_calls_that_nobody_can_watch_are_not_remembered(gpu: SimulatedGPU) -> None:
+    with torch._C._DisableTorchDispatch():
+        cuda("sort_tokens", torch.zeros(5, 2, dtype=torch.int64), 4, None)
+    sort = registry._cuda_implementations[torch.ops.compile_moe.sort_tokens.default].__wrapped__
+    assert list(remembered_calls._remembered[sort].values()) == [None]
+
+
+def test_a_tensor_that_is_none_is_named() -> None:
+    with pytest.raises(TypeError, match="hidden_states must be a tensor"):
+        compile_moe.fused_experts(None, None, None, None, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
 @pytest.mark.parametrize("case", CASES)
-def test_repeated_calls(case: str, device: str) -> None:
+def test_repeated_calls(case: str, mode: Callable[[], Any], device: str) -> None:
     """Each call with other tokens, routing and weights; earlier results stay."""
     layers = [make_layer(**CASES[case], dtype=torch.bfloat16, device=device) for _ in range(4)]
-    results = [compile_moe.fused_experts(*layer.args, **layer.options) for layer in layers]
+    with mode():
+        results = [compile_moe.fused_experts(*layer.args, **layer.options) for layer in layers]
     for layer, result in zip(layers, results, strict=True):
         assert_as_accurate(result, layer)
+    if device == "cuda" and case in ("plain", "biased", "mapped", "skipped"):
+        assert any(remembered_layers())

@@ -170,6 +170,28 @@ def test_a_folder_that_cannot_be_read_is_reported(folder: Path) -> None:
         assert tile_choice(GATHER, 40, None) == heuristic_choice(GATHER, 40, None)
 
 
+def test_warnings_that_are_errors_stop_one_call(folder: Path) -> None:
+    stored(folder).write_text("{")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(TunedTilesWarning):
+            tile_choice(GATHER, 40, None)
+        assert tile_choice(GATHER, 40, None) == heuristic_choice(GATHER, 40, None)
+
+
+def test_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user nobody knows."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv(tile_file.VARIABLE, raising=False)
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert tile_file.tiles_folder() is None
+
+
 def test_the_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = stored(folder)
     first = tile_choice(GATHER, 40, None)

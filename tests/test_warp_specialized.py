@@ -43,6 +43,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     for cache in ("_ready", "_loaded"):
         monkeypatch.setattr(launch_module, cache, {})
     monkeypatch.setattr(remembered_calls, "_MOST_BYTES", 0)
+    remembered_calls.forget()
 
 
 def test_who_can_run_it() -> None:
@@ -67,6 +68,7 @@ def test_what_the_memory_accelerator_reads() -> None:
     assert not has_boxes(empty(64 * 128 + 1)[1:].view(64, 128), w, out)
     assert not has_boxes(x[:, :124], w[:, :, :124], out)
     assert not has_boxes(x, w, empty(96, 36))
+    assert not has_boxes(x, empty(1, 64, 128).expand(4, 64, 128), out)
     assert has_boxes(empty(64, 256)[:, :128], empty(4, 64, 256)[:, :, :128], out)
 
 
@@ -103,12 +105,36 @@ def test_launches(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
         assert gpu.launched == [*both[:2], "zero_skipped_kernel", *both[2:], "zero_skipped_kernel"]
 
 
+@pytest.mark.parametrize("m", [0, 1])
+def test_the_first_call_may_have_no_rows(always: None, monkeypatch: pytest.MonkeyPatch, m: int) -> None:
+    """It loads what later calls need."""
+    for module in (row_tiles, tuned_tiles):
+        monkeypatch.setattr(module, "device_limits", lambda index: HOPPER)
+    first, layer = (make_layer(M=n, K=64, I=32, E=4, dtype=torch.bfloat16) for n in (m, 256))
+    first.w1, first.w2 = layer.w1, layer.w2
+    with simulated_gpu() as gpu:
+        gemms(first)
+        gpu.capturing = True
+        gemms(layer)
+        assert gpu.launched[-4:] == [
+            "row_tiles_kernel",
+            "gather_gemm_kernel",
+            "row_tiles_kernel",
+            "scatter_gemm_kernel",
+        ]
+
+
 def test_few_rows_take_other_tiles(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (row_tiles, tuned_tiles):
         monkeypatch.setattr(module, "device_limits", lambda index: HOPPER)
     with simulated_gpu() as gpu:
         gemms(make_layer(M=100, K=64, I=32, E=4, dtype=torch.bfloat16))
         assert gpu.launched == ["gather_gemm_kernel", "scatter_gemm_kernel"]
+
+
+def assert_both_were_launched() -> None:
+    names = [each.compiled.name for ready in launch_module._ready.values() for each in ready]
+    assert names.count("row_tiles_kernel") >= 2, names
 
 
 hopper = pytest.mark.skipif(
@@ -137,6 +163,7 @@ def test_layer(case: str, dtype: torch.dtype, always: None) -> None:
     layer = make_layer(**CASES[case], dtype=dtype, device="cuda")
     first = compile_moe.fused_experts(*layer.args, **layer.options)
     assert_as_accurate(first, layer)
+    assert_both_were_launched()
     for _ in range(3):
         assert torch.equal(compile_moe.fused_experts(*layer.args, **layer.options), first)
 
@@ -176,6 +203,7 @@ def test_every_number_of_rows(always: None) -> None:
     ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     layer.topk_ids = ids[torch.randperm(len(ids))][:, None].cuda()
     assert_as_accurate(compile_moe.fused_experts(*layer.args), layer)
+    assert_both_were_launched()
 
 
 @hopper

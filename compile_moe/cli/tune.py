@@ -76,7 +76,10 @@ def run_tune(options: TuneOptions) -> None:
         experts = experts_of_model(configuration(name))
     folder = options.output or tiles_folder()
     if folder is None:
-        raise Refusal("COMPILE_MOE_TILES is empty, so that results have no folder; give one with --output")
+        raise Refusal(
+            "there is no folder for results: COMPILE_MOE_TILES is empty, or this user has no home; give one with "
+            "--output"
+        )
     torch.cuda.set_device(device)  # graphs capture the current one
     with torch.no_grad():
         found, path = tune(experts, options, folder, dtype, device)

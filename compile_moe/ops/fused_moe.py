@@ -194,7 +194,7 @@ def _fused_out(
     return run_experts(hidden_states, w1, w2, topk_ids, epilogue, expert_map, w1_bias, w2_bias, False)
 
 
-def _fused_moe(
+def fused_moe_of_stages(
     hidden_states: Tensor,
     w1: Tensor,
     w2: Tensor,
@@ -207,6 +207,7 @@ def _fused_moe(
     w1_bias: Tensor | None = None,
     w2_bias: Tensor | None = None,
 ) -> Tensor:
+    """What the op is made of: calls of the stages."""
     fused_out = _fused_out(
         hidden_states,
         w1,
@@ -287,5 +288,7 @@ _ARGUMENTS = (
     'str activation="silu", SymInt global_num_experts=-1, Tensor? expert_map=None, '
     "bool apply_router_weight_on_input=False, Tensor? w1_bias=None, Tensor? w2_bias=None"
 )
-fused_moe = define_composite("fused_moe", f"Tensor hidden_states, {_ARGUMENTS}", "Tensor", _fused_moe)
+fused_moe = define_composite(
+    "fused_moe", f"Tensor hidden_states, {_ARGUMENTS}", "Tensor", fused_moe_of_stages
+)
 fused_moe_ = define_composite("fused_moe_", f"Tensor(a!) hidden_states, {_ARGUMENTS}", "()", _fused_moe_)

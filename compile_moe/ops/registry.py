@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from compile_moe.ops.kernels.launch import current_recorder
 from compile_moe.ops.kernels.remembered_calls import remembering as remembering
 from compile_moe.ops.untraced import untraced
 
@@ -145,19 +146,23 @@ def runs_directly(*tensors: Tensor | None) -> bool:
     """Whether an op on these tensors is nothing but its CUDA implementation: plain tensors without gradients, outside
     of everything that traces or transforms.
     """
-    if (
+    grad = torch.is_grad_enabled()
+    return not is_watched() and all(
+        t is None or (type(t) in _PLAIN and t.is_cuda and not t.is_neg() and not (grad and t.requires_grad))
+        for t in tensors
+    )
+
+
+def is_watched() -> bool:
+    """Whether something traces or transforms the ops that run."""
+    return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
+        # What records a call looks on itself.
+        or torch._C._len_torch_dispatch_stack() > (current_recorder() is not None)
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.is_autocast_enabled("cuda")
         or forward_ad._current_level >= 0
-    ):
-        return False
-    grad = torch.is_grad_enabled()
-    return all(
-        t is None or (type(t) in _PLAIN and t.is_cuda and not t.is_neg() and not (grad and t.requires_grad))
-        for t in tensors
     )
 
 

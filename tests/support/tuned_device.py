@@ -23,6 +23,7 @@ def tuned_device(folder: Path | str) -> Iterator[None]:
         mock.patch.object(tuning, "device_name", lambda index: NAME),
     ):
         tuned_tiles._read.cache_clear()
+        tuned_tiles._reported.clear()
         try:
             yield
         finally:

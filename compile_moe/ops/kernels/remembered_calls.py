@@ -26,14 +26,12 @@ _MOST_BYTES = 64 * 2**20
 _ALIGNMENT = 256
 
 _aten = torch.ops.aten
-#: What neither computes nor copies anything.
-_HARMLESS = {
+_ALLOCATING = {_aten.empty.memory_format, _aten.new_empty.default}
+_VIEWING = {
     _aten.alias.default,
     _aten.as_strided.default,
     _aten.detach.default,
-    _aten.empty.memory_format,
     _aten.expand.default,
-    _aten.new_empty.default,
     _aten.permute.default,
     _aten.select.int,
     _aten.slice.Tensor,
@@ -70,7 +68,6 @@ def remembering(function: Callable[..., Any]) -> Callable[..., Any]:
     What it returns and does may depend on its positional arguments' descriptions only; arguments that are no tensors
     must be hashable. Calls that compute anything by other means than :func:`launching.launch` are not remembered.
     """
-
     calls = _remembered.setdefault(function, {})
 
     @functools.wraps(function)
@@ -125,15 +122,22 @@ def _again(call: _Call, device: torch.device, addresses: list[int]) -> Any:
     return results[0] if call.single else tuple(results)
 
 
-class _OtherComputations(TorchDispatchMode):
-    """Whether anything but our ops computed."""
+class _Allocations(TorchDispatchMode):
+    """The memory that a call allocates, and whether it does anything else than allocating, viewing and launching."""
 
-    found = False
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: set[int] = set()
+        self.only = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _HARMLESS and getattr(func, "namespace", "") != "compile_moe":
-            self.found = True
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func in _ALLOCATING:
+            self.addresses.add(result.data_ptr())
+        elif func not in _VIEWING:
+            # An op of ours, too: from here on nobody sees what it does.
+            self.only = False
+        return result
 
 
 def _recorded(
@@ -141,9 +145,9 @@ def _recorded(
 ) -> tuple[Any, _Call | None]:
     """The result of a call, and what there is to remember of it; None: nothing that would give the same."""
     record = _Record(given)
-    with launching.recording(record), _OtherComputations() as others:
+    with launching.recording(record), _Allocations() as allocations:
         result = function(*arguments)
-    return result, None if others.found else record.as_call(result)
+    return result, record.as_call(result, allocations.addresses) if allocations.only else None
 
 
 class _Record:
@@ -171,17 +175,19 @@ class _Record:
                 # Alive until the call is over, so that no address means two of them.
                 self.launches.append((launch, tensors))
 
-    def as_call(self, result: Any) -> _Call | None:
+    def as_call(self, result: Any, allocated: set[int]) -> _Call | None:
+        """The call, if its results and its scratch memory are of the ``allocated`` addresses."""
         results = [result] if isinstance(result, Tensor) else list(result)
         own = self.given + results
         # By address: launchers take views and detached tensors.
         index = {tensor.data_ptr(): i for i, tensor in enumerate(own)}
-        storages = {tensor.untyped_storage().data_ptr() for tensor in own}
+        written = {tensor.data_ptr() for _, tensors in self.launches for tensor in tensors}
         if not (
             self.is_repeatable
             and len(index) == len(own)
             and all(tensor.numel() for tensor in own)
             and all(tensor.is_contiguous() for tensor in results)
+            and {tensor.data_ptr() for tensor in results} <= allocated & written
         ):
             return None
         offsets: dict[int, int] = {}
@@ -190,15 +196,15 @@ class _Record:
         for ready, tensors in self.launches:
             places = []
             for (position, _), tensor in zip(ready.tensors, tensors, strict=True):
-                address, storage = tensor.data_ptr(), tensor.untyped_storage()
+                address = tensor.data_ptr()
                 if address in index:
                     places.append((position, index[address], 0))
                     continue
-                if storage.data_ptr() != address or address in storages:
-                    return None  # a part of something else
+                if address not in allocated:
+                    return None
                 if address not in offsets:
                     offsets[address] = num_bytes
-                    num_bytes += -(-storage.nbytes() // _ALIGNMENT) * _ALIGNMENT
+                    num_bytes += -(-tensor.untyped_storage().nbytes() // _ALIGNMENT) * _ALIGNMENT
                 places.append((position, len(own), offsets[address]))
             launches.append(_Launch(ready.compiled, ready.grid, ready.args, tuple(places)))
         specs = tuple((tuple(r.shape), r.dtype) for r in results)

@@ -26,14 +26,17 @@ Record = TypeVar("Record", GemmProblem, Tile)
 
 
 def tiles_folder() -> Path | None:
-    """Where files of tuned tiles are; None: nowhere, by the user's wish."""
+    """Where files of tuned tiles are; None: nowhere, by the user's wish or for want of a home directory."""
     given = os.environ.get(VARIABLE)
     if given is not None:
         return Path(given) if given else None
     # Not with the module: importing compile_moe on a machine that launches nothing needs no folder.
     import platformdirs
 
-    return platformdirs.user_cache_path("compile_moe") / "tiles"
+    try:
+        return platformdirs.user_cache_path("compile_moe") / "tiles"
+    except RuntimeError:
+        return None
 
 
 @functools.cache

@@ -24,6 +24,9 @@ from compile_moe.ops.kernels.tiles import (
 _REACH = 2
 
 
+_reported: set[str] = set()
+
+
 class TunedTilesWarning(UserWarning):
     """A file of tuned tiles is ignored. Results are right, but may come slower."""
 
@@ -75,32 +78,37 @@ def _nearest(tuned: Mapping[int, Tile], num_slots: int) -> Tile | None:
 
 
 def _tuned_tiles(problem: GemmProblem, device_index: int | None) -> Mapping[int, Tile]:
-    return _read(problem.shape, device_index).get(problem, {})
+    tuned, trouble = _read(problem.shape, device_index)
+    if trouble and trouble not in _reported:
+        _reported.add(trouble)
+        _warn(trouble)
+    return tuned.get(problem, {})
 
 
 @functools.cache
-def _read(shape: Shape, device_index: int | None) -> TunedTiles:
-    """The file for a shape and a device, read once in a process: graphs rely on the tiles that were loaded."""
+def _read(shape: Shape, device_index: int | None) -> tuple[TunedTiles, str]:
+    """The file for a shape and a device, and what is wrong with it; read once in a process: graphs rely on the tiles
+    that were loaded.
+    """
     folder, device = tiles_folder(), device_name(device_index)
     if folder is None or device is None:
-        return {}
+        return {}, ""
     path = folder
     try:
         if not folder.is_dir():
-            return {}
+            return {}, ""
         path = folder / file_name(device, shape)
         if not path.exists():
             others = f"{path.stem.rpartition('-')[0]}-*.json"
             if any(folder.glob(others)):
-                _warn(
+                return {}, (
                     f"no tuned tiles for these versions of torch, triton and compile_moe in {folder}, but for others "
                     f"({others})"
                 )
-            return {}
-        return parse(path.read_text(encoding="utf-8"), device, shape, device_limits(device_index))
+            return {}, ""
+        return parse(path.read_text(encoding="utf-8"), device, shape, device_limits(device_index)), ""
     except (OSError, ValueError) as error:  # of JSON and of UTF-8, too
-        _warn(f"{path} is ignored, because it can't be read or doesn't hold what it should: {error}")
-        return {}
+        return {}, f"{path} is ignored, because it can't be read or doesn't hold what it should: {error}"
 
 
 def _warn(what: str) -> None:
@@ -108,5 +116,5 @@ def _warn(what: str) -> None:
         f"compile_moe: {what}; tiles are chosen without it. To tune again, run compile-moe tune; to look for no such "
         "file, set COMPILE_MOE_TILES to an empty string",
         TunedTilesWarning,
-        stacklevel=2,
+        stacklevel=3,
     )

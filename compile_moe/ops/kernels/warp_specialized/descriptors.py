@@ -10,6 +10,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from compile_moe.ops.kernels.tiles import row_stride
+
 _LAYOUTS = {rank: gl.NVMMASharedLayout(128, 16, rank) for rank in (2, 3, 5)}
 
 
@@ -31,8 +33,10 @@ def plain_weights(w: Tensor) -> TensorDescriptor:
 
 
 def rows(x: Tensor, num_rows: int) -> TensorDescriptor:
-    """x (S, depth), ``num_rows`` at a time."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [num_rows, 64], _LAYOUTS[2])
+    """x (S, depth), ``num_rows`` at a time. Without any rows it is made, for the kernel to compile, but not read."""
+    return TensorDescriptor(
+        x, [max(1, x.size(0)), x.size(1)], [row_stride(x), 1], [num_rows, 64], _LAYOUTS[2]
+    )
 
 
 @functools.cache

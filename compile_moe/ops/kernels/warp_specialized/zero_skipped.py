@@ -24,7 +24,7 @@ def zero_skipped_kernel(
     BLOCK_N: tl.constexpr,
 ):
     first = tl.load(expert_offsets_ptr + num_experts)
-    first = tl.minimum(tl.maximum(first, 0), num_slots) + tl.program_id(0) * BLOCK_M
+    first = tl.minimum(tl.maximum(first, 0), num_slots).to(tl.int64) + tl.program_id(0) * BLOCK_M
     if first < num_slots:
         row = first + tl.arange(0, BLOCK_M)
         mask = row < num_slots
