@@ -162,7 +162,12 @@ def test_numerics_of_pointwise_functions() -> None:
 
 
 ACTIVATIONS = st.lists(
-    st.tuples(st.sampled_from(sorted(pointwise.SPLITS)), pointwise.EXPRESSIONS), min_size=5, max_size=10
+    st.tuples(st.sampled_from(sorted(pointwise.SPLITS)), pointwise.EXPRESSIONS).filter(
+        # All columns as they are: nothing to fuse.
+        lambda drawn: drawn not in (("ungated", "gate"), ("ungated", "up"))
+    ),
+    min_size=5,
+    max_size=10,
 )
 
 

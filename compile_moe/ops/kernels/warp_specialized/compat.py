@@ -16,6 +16,6 @@ warps_barrier: Any = getattr(gl, "barrier", None) or gl.thread_barrier
 
 @builtin
 def view(smem: Any, shape: Any, layout: Any, _semantic: Any = None) -> Any:
-    """The buffer of another shape and layout that starts where smem does."""
+    """The buffer of another shape and layout, and as many bytes, that starts where smem does."""
     method = getattr(smem, "reinterpret", None) or smem._reinterpret
     return method(smem.dtype, shape, layout, _semantic=_semantic)
