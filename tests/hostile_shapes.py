@@ -19,6 +19,11 @@ from compile_moe import FusedMoEModularKernel, MoEPrepareAndFinalizeNoEP, Triton
 from compile_moe.ops import act_and_mul, route_and_sort_tokens, route_tokens
 from compile_moe.ops.named_activations import program_text
 from tests.support.oracle import CASES, assert_as_accurate, make_layer
+from tests.support.warp_specialized import (
+    LAYERS,
+    assert_both_were_launched,
+    warp_specialized_wherever_possible,
+)
 
 SIZES: tuple[dict[str, Any], ...] = (
     {},
@@ -66,6 +71,23 @@ def layers(device: str) -> int:
     return count
 
 
+def many_rows(device: str) -> int:
+    """The warp-specialized GEMMs, on Hopper."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return 0
+    with warp_specialized_wherever_possible():
+        for case, dtype in itertools.product(LAYERS.values(), (torch.bfloat16, torch.float16)):
+            layer = make_layer(**case, dtype=dtype, device=device)
+            assert_as_accurate(compile_moe.fused_experts(*layer.args, **layer.options), layer)
+        layer = make_layer(M=700, K=128, I=64, E=4, skipped=True, dtype=torch.bfloat16, device=device)
+        kernel = FusedMoEModularKernel(OwnFinalize(), TritonExperts())
+        assert_as_accurate(kernel(*layer.args), layer)
+        layer.topk_ids.fill_(-1)
+        assert_as_accurate(compile_moe.fused_experts(*layer.args), layer)
+        assert_both_were_launched()
+    return 2 * len(LAYERS) + 2
+
+
 def ids_far_out_of_range(device: str) -> None:
     """More slots than one launch sorts; and what a corrupt map would hold. On a CPU these raise."""
     for mapped in (False, True):
@@ -104,7 +126,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("needs a CUDA device")
         return 2
-    count = layers("cuda")
+    count = layers("cuda") + many_rows("cuda")
     for columns in (2, 34, 2050):
         act_and_mul(torch.randn(3, columns, device="cuda"), program_text("silu"))
     ids_far_out_of_range("cuda")

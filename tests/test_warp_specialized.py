@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,17 +10,20 @@ from torch import Tensor
 
 import compile_moe
 from compile_moe.ops import gather_gemm, scatter_gemm
-from compile_moe.ops.kernels import launch as launch_module
-from compile_moe.ops.kernels import remembered_calls, tuned_tiles
+from compile_moe.ops.kernels import tuned_tiles
 from compile_moe.ops.kernels.gemm_problem import GemmProblem, has_boxes
 from compile_moe.ops.kernels.tile_space import tile_space, why_not
-from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, WARP_SPECIALIZED_FROM, DeviceLimits
-from compile_moe.ops.kernels.tuned_tiles import TileChoice
+from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, DeviceLimits
 from compile_moe.ops.kernels.warp_specialized import row_tiles
 from compile_moe.ops.named_activations import program_text
 from tests.support.launchers import launch
 from tests.support.oracle import Layer, assert_as_accurate, make_layer
 from tests.support.simulated_gpu import simulated_gpu
+from tests.support.warp_specialized import (
+    LAYERS,
+    assert_both_were_launched,
+    warp_specialized_wherever_possible,
+)
 
 HOPPER = DeviceLimits(227 * 1024, async_mma=True, warp_specialized=True)
 AMPERE = DeviceLimits(163 * 1024, async_mma=False)
@@ -28,22 +31,10 @@ PROBLEM = GemmProblem("gather_gemm", 8, 512, 256, "bfloat16", "16-bit", "concate
 
 
 @pytest.fixture
-def always(monkeypatch: pytest.MonkeyPatch) -> None:
+def always() -> Iterator[None]:
     """Chosen for all GEMMs of enough rows that can run so."""
-    by_heuristic = tuned_tiles.heuristic_choice
-
-    def choose(problem: GemmProblem, num_slots: int, device_index: int | None) -> TileChoice:
-        choice = by_heuristic(problem, num_slots, device_index)
-        if why_not(WARP_SPECIALIZED, problem, tuned_tiles.device_limits(device_index)):
-            return choice
-        enough = num_slots >= WARP_SPECIALIZED_FROM * problem.num_experts
-        return TileChoice(WARP_SPECIALIZED if enough else choice.tile, (*choice.candidates, WARP_SPECIALIZED))
-
-    monkeypatch.setattr(tuned_tiles, "heuristic_choice", choose)
-    for cache in ("_ready", "_loaded"):
-        monkeypatch.setattr(launch_module, cache, {})
-    monkeypatch.setattr(remembered_calls, "_MOST_BYTES", 0)
-    remembered_calls.forget()
+    with warp_specialized_wherever_possible():
+        yield
 
 
 def test_who_can_run_it() -> None:
@@ -132,35 +123,17 @@ def test_few_rows_take_other_tiles(always: None, monkeypatch: pytest.MonkeyPatch
         assert gpu.launched == ["gather_gemm_kernel", "scatter_gemm_kernel"]
 
 
-def assert_both_were_launched() -> None:
-    names = [each.compiled.name for ready in launch_module._ready.values() for each in ready]
-    assert names.count("row_tiles_kernel") >= 2, names
-
-
 hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90"
 )
-#: Arguments of make_layer, with at least 64 rows an expert.
-CASES: dict[str, dict[str, Any]] = {
-    "plain": {"M": 700, "K": 512, "I": 256, "E": 8},
-    "interleaved, biased": {"M": 900, "K": 192, "I": 320, "E": 6, "biased": True, "activation": "swigluoai"},
-    "ungated": {"M": 600, "K": 320, "I": 136, "E": 4, "activation": "relu2_no_mul"},
-    "odd sizes": {"M": 801, "K": 136, "I": 72, "E": 5, "biased": True},
-    "skipped, mapped": {"M": 1200, "K": 128, "I": 64, "E": 4, "topk": 3, "skipped": True, "mapped": True},
-    "all on one expert": {"M": 1500, "K": 256, "I": 128, "E": 8, "topk": 1, "routing": "one"},
-    "empty experts": {"M": 900, "K": 256, "I": 128, "E": 8, "routing": "empty"},
-    "one expert": {"M": 289, "K": 64, "I": 64, "E": 1, "topk": 1},
-    "many experts": {"M": 4096, "K": 256, "I": 128, "E": 128, "topk": 8},
-    "strided": {"M": 700, "K": 256, "I": 128, "E": 8, "strided": True},
-}
 
 
 @hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LAYERS)
 def test_layer(case: str, dtype: torch.dtype, always: None) -> None:
-    layer = make_layer(**CASES[case], dtype=dtype, device="cuda")
+    layer = make_layer(**LAYERS[case], dtype=dtype, device="cuda")
     first = compile_moe.fused_experts(*layer.args, **layer.options)
     assert_as_accurate(first, layer)
     assert_both_were_launched()

@@ -1,0 +1,57 @@
+"""The warp-specialized GEMMs wherever they can run, whatever is faster, and layers that they can run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+from compile_moe.ops.kernels import launch, remembered_calls, tuned_tiles
+from compile_moe.ops.kernels.gemm_problem import GemmProblem
+from compile_moe.ops.kernels.tile_space import why_not
+from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, WARP_SPECIALIZED_FROM
+from compile_moe.ops.kernels.tuned_tiles import TileChoice
+
+#: Arguments of make_layer, with at least 64 rows an expert.
+LAYERS: dict[str, dict[str, Any]] = {
+    "plain": {"M": 700, "K": 512, "I": 256, "E": 8},
+    "interleaved, biased": {"M": 900, "K": 192, "I": 320, "E": 6, "biased": True, "activation": "swigluoai"},
+    "ungated": {"M": 600, "K": 320, "I": 136, "E": 4, "activation": "relu2_no_mul"},
+    "odd sizes": {"M": 801, "K": 136, "I": 72, "E": 5, "biased": True},
+    "skipped, mapped": {"M": 1200, "K": 128, "I": 64, "E": 4, "topk": 3, "skipped": True, "mapped": True},
+    "all on one expert": {"M": 1500, "K": 256, "I": 128, "E": 8, "topk": 1, "routing": "one"},
+    "empty experts": {"M": 900, "K": 256, "I": 128, "E": 8, "routing": "empty"},
+    "one expert": {"M": 289, "K": 64, "I": 64, "E": 1, "topk": 1},
+    "many experts": {"M": 4096, "K": 256, "I": 128, "E": 128, "topk": 8},
+    "strided": {"M": 700, "K": 256, "I": 128, "E": 8, "strided": True},
+}
+
+
+@contextmanager
+def warp_specialized_wherever_possible() -> Iterator[None]:
+    """The choice of tiles takes them for every GEMM of enough rows that they can run; nothing is remembered."""
+    by_heuristic = tuned_tiles.heuristic_choice
+
+    def choose(problem: GemmProblem, num_slots: int, device_index: int | None) -> TileChoice:
+        choice = by_heuristic(problem, num_slots, device_index)
+        if why_not(WARP_SPECIALIZED, problem, tuned_tiles.device_limits(device_index)):
+            return choice
+        enough = num_slots >= WARP_SPECIALIZED_FROM * problem.num_experts
+        tile = WARP_SPECIALIZED if enough else choice.tile
+        return TileChoice(tile, (*choice.candidates, WARP_SPECIALIZED))
+
+    remembered_calls.forget()
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(tuned_tiles, "heuristic_choice", choose))
+        patches.enter_context(mock.patch.object(remembered_calls, "_MOST_BYTES", 0))
+        for cache in ("_ready", "_loaded"):
+            patches.enter_context(mock.patch.object(launch, cache, {}))
+        yield
+    remembered_calls.forget()
+
+
+def assert_both_were_launched() -> None:
+    """Both GEMMs, since the tiles were forced."""
+    names = [each.compiled.name for ready in launch._ready.values() for each in ready]
+    assert names.count("row_tiles_kernel") >= 2, names
