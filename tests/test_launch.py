@@ -191,3 +191,12 @@ def test_a_launch_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(launch_module, "_MOST_READY", 4)
         launch_layer(make_layer(M=6, **SHAPE))
         assert len(launch_module._ready) <= 4
+
+
+def test_kernels_may_outlive_the_simulated_device() -> None:
+    """Without anything to unload, which they would want to do whenever they go."""
+    with simulated_gpu():
+        launch(act_and_mul, torch.randn(3, 64), program_text("silu"))
+        kept = [each.compiled for ready in launch_module._ready.values() for each in ready]
+        assert kept and all(kernel.module is not None for kernel in kept)
+    assert all(kernel.module is None for kernel in kept)

@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from compile_moe.ops.kernels import launch, remembered_calls
@@ -34,11 +35,15 @@ class SimulatedGPU:
         self.capturing = False
 
 
+class _Module:
+    """What was loaded onto the device."""
+
+
 class _Driver:
     def __init__(self, gpu: SimulatedGPU) -> None:
         def load_binary(name: str, *rest: Any) -> tuple[Any, ...]:
             gpu.loaded.append(name)
-            return object(), 1, 32, 0, 1024
+            return _Module(), 1, 32, 0, 1024
 
         def launcher(source: Any, metadata: Any) -> Any:
             def run(*args: Any, **kwargs: Any) -> None:
@@ -96,13 +101,20 @@ def simulated_gpu() -> Iterator[SimulatedGPU]:
         try:
             yield gpu
         finally:
-            # Kernels unload from the driver that is active when they go.
-            for kernels in (launch._loaded, launch._ready):
-                kernels.clear()
             remembered_calls.forget()
             _forget_kernels(modules)
-            gc.collect()
+            _unload()
             driver._active = before
+
+
+def _unload() -> None:
+    """Leave nothing to unload to kernels that outlive the device: they would look for it when they go.
+
+    That may be in the middle of anything, and the warning that follows breaks what parses Python then (CPython 3.11).
+    """
+    for kernel in gc.get_objects():
+        if type(kernel) is CompiledKernel and isinstance(kernel.module, _Module):
+            kernel.module = None
 
 
 def _forget_kernels(modules: Iterable[ModuleType]) -> None:
