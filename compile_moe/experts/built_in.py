@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from compile_moe.activations import ActivationLike
 from compile_moe.experts.quantized import QuantizedLayer
-from compile_moe.modular_kernel import FusedMoEPermuteExpertsUnpermute
+from compile_moe.modular_parts import FusedMoEPermuteExpertsUnpermute
 from compile_moe.ops.fused_moe import check_biases, check_experts, check_id_space, is_autocast
 from compile_moe.ops.problem_size import require, require_optional_tensors, shape
 from compile_moe.quant_config import (
@@ -104,18 +105,26 @@ class BuiltInExperts(FusedMoEPermuteExpertsUnpermute):
             activation,
             global_num_experts,
             expert_map,
-            workspace13.dtype,
+            w1_scale,
+            w2_scale,
+            w1_zp,
+            w2_zp,
+            a1q_scale,
+            a2_scale,
+            workspace13,
+            workspace2,
             expert_num_tokens,
-            w1_scale=w1_scale,
-            w2_scale=w2_scale,
-            w1_zp=w1_zp,
-            w2_zp=w2_zp,
-            a1q_scale=a1q_scale,
-            a2_scale=a2_scale,
         )
 
-    def apply_unfilled(
+    def apply_unfilled(self, *arguments: Any, **options: Any) -> Tensor:
+        """``apply``, leaving slots that nobody computes unwritten."""
+        return self._run(False, *arguments, **options)
+
+    apply_unfilled_counterpart = apply
+
+    def _run(
         self,
+        zero_skipped: bool,
         hidden_states: Tensor,
         w1: Tensor,
         w2: Tensor,
@@ -133,42 +142,14 @@ class BuiltInExperts(FusedMoEPermuteExpertsUnpermute):
         workspace2: Tensor,
         expert_num_tokens: Tensor | None,
     ) -> Tensor:
-        """``apply``, leaving slots that nobody computes unwritten."""
-        return self._run(
-            False,
-            hidden_states,
-            w1,
-            w2,
-            topk_ids,
-            activation,
-            global_num_experts,
-            expert_map,
-            workspace13.dtype,
-            expert_num_tokens,
-            w1_scale=w1_scale,
-            w2_scale=w2_scale,
-            w1_zp=w1_zp,
-            w2_zp=w2_zp,
-            a1q_scale=a1q_scale,
-            a2_scale=a2_scale,
-        )
-
-    apply_unfilled_counterpart = apply
-
-    def _run(
-        self,
-        zero_skipped: bool,
-        hidden_states: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        topk_ids: Tensor,
-        activation: ActivationLike,
-        global_num_experts: int,
-        expert_map: Tensor | None,
-        workspace_dtype: torch.dtype,
-        expert_num_tokens: Tensor | None,
-        **scales: Tensor | None,
-    ) -> Tensor:
+        scales = {
+            "w1_scale": w1_scale,
+            "w2_scale": w2_scale,
+            "w1_zp": w1_zp,
+            "w2_zp": w2_zp,
+            "a1q_scale": a1q_scale,
+            "a2_scale": a2_scale,
+        }
         name = type(self).__name__
         if self.quant_config is None:
             refuse_scales(name, **scales)
@@ -184,7 +165,7 @@ class BuiltInExperts(FusedMoEPermuteExpertsUnpermute):
             check_biases(w1, w2, self.w1_bias, self.w2_bias)
             return self.compute(hidden_states, w1, w2, topk_ids, activation, expert_map, zero_skipped)
         check_id_space(w1, topk_ids, global_num_experts, expert_map)
-        layer = self._quantized_layer(self.quant_config, hidden_states, w1, w2, workspace_dtype, **scales)
+        layer = self._quantized_layer(self.quant_config, hidden_states, w1, w2, workspace13.dtype, **scales)
         return self.compute_quantized(layer, topk_ids, activation, expert_map, zero_skipped)
 
     def _quantized_layer(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compile_moe.activations import ActivationLike, call_activation, resolve_activation
-from compile_moe.modular_kernel import FusedMoEPermuteExpertsUnpermute
+from compile_moe.modular_parts import FusedMoEPermuteExpertsUnpermute
 from compile_moe.ops.fused_moe import check_intermediate
 from compile_moe.ops.quantize_tokens import quantize_tokens
 from compile_moe.quant_config import SchemeFacts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compile_moe.modular_kernel import FusedMoEPrepareAndFinalize, PrepareResult
+from compile_moe.modular_parts import FusedMoEPrepareAndFinalize, PrepareResult
 from compile_moe.ops.fused_moe import is_autocast, weight_input, write_reduced
 from compile_moe.ops.problem_size import require, shape
 from compile_moe.ops.quantize_tokens import quantize_tokens

@@ -41,14 +41,20 @@ def with_epilogue(kernel: Callable[..., None], body: str, do_not_specialize: tup
     which hash the sources of called functions, see a distinct kernel.
     """
     replaced = build_epilogue(body) if body else epilogue
+    copy = with_globals(kernel, {"epilogue": replaced})
+    return triton.jit(copy, do_not_specialize=list(do_not_specialize))
+
+
+def with_globals(function: Callable[..., Any], replaced: dict[str, Any]) -> Callable[..., Any]:
+    """A copy of the function that finds other globals under these names."""
     copy = types.FunctionType(
-        kernel.__code__,
-        {**kernel.__globals__, "epilogue": replaced},
-        kernel.__name__,
-        kernel.__defaults__,
-        kernel.__closure__,
+        function.__code__,
+        {**function.__globals__, **replaced},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
-    functools.update_wrapper(copy, kernel)
+    functools.update_wrapper(copy, function)
     # Signature inspection must end at the copy.
     delattr(copy, "__wrapped__")
-    return triton.jit(copy, do_not_specialize=list(do_not_specialize))
+    return copy

@@ -93,7 +93,7 @@ def device_limits(device_index: int | None) -> DeviceLimits:
     return DeviceLimits(properties.shared_memory_per_block_optin, major in (9, 10), major == 9)
 
 
-#: The tile of the warp-specialized kernels, and the rows of an average expert from which they can pay.
+#: The tile of the warp-specialized kernels, and the rows of an average expert from which they may be chosen.
 WARP_SPECIALIZED = Tile(256, 128, 64, 4, 4, warp_specialized=True)
 WARP_SPECIALIZED_FROM = 64
 

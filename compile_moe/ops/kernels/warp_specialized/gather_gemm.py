@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import types
-from collections.abc import Callable
 from typing import Any
 
 import triton
@@ -12,7 +10,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import jit
 
-from compile_moe.ops.kernels.epilogue import build_epilogue
+from compile_moe.ops.kernels.epilogue import build_epilogue, with_globals
 from compile_moe.ops.kernels.launch import Launch
 from compile_moe.ops.kernels.warp_specialized import consumer as consumers
 from compile_moe.ops.kernels.warp_specialized import row_tiles, store
@@ -94,23 +92,8 @@ def with_epilogue(body: str) -> Any:
         (consumers, "consume_tile"),
         (consumers, "consumer"),
     ):
-        replaced[name] = jit(_copy(getattr(module, name).fn, replaced))
-    return jit(_copy(gather_gemm_kernel, replaced), do_not_specialize=list(DO_NOT_SPECIALIZE))
-
-
-def _copy(function: Callable[..., Any], replaced: dict[str, Any]) -> Callable[..., Any]:
-    """The function with other globals."""
-    copy = types.FunctionType(
-        function.__code__,
-        {**function.__globals__, **replaced},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    functools.update_wrapper(copy, function)
-    # Signature inspection must end at the copy.
-    delattr(copy, "__wrapped__")
-    return copy
+        replaced[name] = jit(with_globals(getattr(module, name).fn, replaced))
+    return jit(with_globals(gather_gemm_kernel, replaced), do_not_specialize=list(DO_NOT_SPECIALIZE))
 
 
 def launches_for(

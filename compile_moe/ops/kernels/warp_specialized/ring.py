@@ -7,9 +7,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 STAGES = 4  # of the ring
-DEPTH = 64  # elements of a row in one stage
-CONSUMERS = 2
-COLUMNS = 64  # weight rows of a consumer
 
 
 @gluon.jit
