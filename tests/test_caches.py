@@ -51,7 +51,8 @@ print("hits", counters["inductor"]["fxgraph_cache_hit"])
 
 
 def run(library: Path, caches: Path, before: str = "", program: str = PROGRAM) -> list[str]:
-    environment = {**os.environ, "PYTHONPATH": str(library), "TORCHINDUCTOR_CACHE_DIR": str(caches)}
+    path = os.pathsep.join([str(library), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "TORCHINDUCTOR_CACHE_DIR": str(caches)}
     done = subprocess.run(
         [sys.executable, "-c", program.format(before=before)],
         cwd=caches,
