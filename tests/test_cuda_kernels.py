@@ -40,7 +40,7 @@ class WithSharedExpert(FusedBlock):
 
 
 def without_parts_of_gemms(kernels: list[str]) -> list[str]:
-    """What a GEMM of cuBLAS does before and after itself is its own; one of a single output is a dot, of two kernels."""
+    """What a GEMM of cuBLAS does before and after itself is its own; that of one column is a dot, in two kernels."""
     parts = ("Memcpy", "Memset", "splitKreduce", "reduce_1Block")
     return [k for k in kernels if not any(part in k for part in parts)]
 

@@ -47,6 +47,19 @@ def test_who_can_run_it() -> None:
     assert WARP_SPECIALIZED not in tile_space(PROBLEM, 64 * 8, AMPERE)
 
 
+def test_who_runs_it_untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 128 rows an average expert; it is loaded with the other tiles wherever it can run."""
+    monkeypatch.setattr(tuned_tiles, "device_limits", lambda index: HOPPER)
+    for slots in (1, 128 * 8 - 1, 128 * 8, 2**24):
+        choice = tuned_tiles.heuristic_choice(PROBLEM, slots, 0)
+        assert choice.tile.warp_specialized == (slots >= 128 * 8)
+        assert choice.candidates.count(WARP_SPECIALIZED) == 1 and choice.tile in choice.candidates
+        other = tuned_tiles.heuristic_choice(PROBLEM._replace(has_boxes=False), slots, 0)
+        assert other.candidates == choice.candidates[:-1]
+    monkeypatch.setattr(tuned_tiles, "device_limits", lambda index: AMPERE)
+    assert WARP_SPECIALIZED not in tuned_tiles.heuristic_choice(PROBLEM, 2**24, 0).candidates
+
+
 def test_what_the_memory_accelerator_reads() -> None:
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(*shape, dtype=dtype)

@@ -30,7 +30,7 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def warp_specialized_wherever_possible() -> Iterator[None]:
-    """The choice of tiles takes them for every GEMM of enough rows that they can run; nothing is remembered."""
+    """The choice of tiles takes them from the fewest rows with which they can run; nothing is remembered."""
     by_heuristic = tuned_tiles.heuristic_choice
 
     def choose(problem: GemmProblem, num_slots: int, device_index: int | None) -> TileChoice:
@@ -39,7 +39,7 @@ def warp_specialized_wherever_possible() -> Iterator[None]:
             return choice
         enough = num_slots >= WARP_SPECIALIZED_FROM * problem.num_experts
         tile = WARP_SPECIALIZED if enough else choice.tile
-        return TileChoice(tile, (*choice.candidates, WARP_SPECIALIZED))
+        return TileChoice(tile, choice.candidates)
 
     remembered_calls.forget()
     with ExitStack() as patches:

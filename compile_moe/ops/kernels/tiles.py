@@ -93,9 +93,11 @@ def device_limits(device_index: int | None) -> DeviceLimits:
     return DeviceLimits(properties.shared_memory_per_block_optin, major in (9, 10), major == 9)
 
 
-#: The tile of the warp-specialized kernels, and the rows of an average expert from which they may be chosen.
+#: The tile of the warp-specialized kernels, the rows of an average expert from which they may be chosen, and those from
+#: which they are unless something else was tuned: at 64 they were slower than other tiles, at 128 faster (on an H100).
 WARP_SPECIALIZED = Tile(256, 128, 64, 4, 4, warp_specialized=True)
 WARP_SPECIALIZED_FROM = 64
+WARP_SPECIALIZED_PAYS_FROM = 128
 
 
 #: Row tiles, and the most rows of an average expert for which each is taken: with room to spare where a second tile
@@ -173,6 +175,12 @@ def shared_memory(tile: Tile, itemsize: int, num_accumulators: int) -> int:
 
 
 def choose_tile(candidates: tuple[Tile, ...], num_slots: int, num_experts: int) -> Tile:
-    """The row tile for the average expert's rows, as ``_ROW_TILES`` says; the largest candidate if that is smaller."""
+    """The row tile for the average expert's rows, as ``_ROW_TILES`` says (the largest candidate if that is smaller);
+    for many rows the warp-specialized one, where it is a candidate.
+    """
     average = num_slots / min(num_experts, max(num_slots, 1))
+    if WARP_SPECIALIZED in candidates:
+        if num_slots >= WARP_SPECIALIZED_PAYS_FROM * num_experts:
+            return WARP_SPECIALIZED
+        candidates = tuple(tile for tile in candidates if not tile.warp_specialized)
     return next((tile for tile in candidates if average <= _ROW_TILES.get(tile.block_m, 0)), candidates[-1])

@@ -11,6 +11,7 @@ import torch
 
 from compile_moe.ops.kernels.gemm_problem import GemmProblem, Shape
 from compile_moe.ops.kernels.tile_file import TunedTiles, file_name, parse, tiles_folder
+from compile_moe.ops.kernels.tile_space import why_not
 from compile_moe.ops.kernels.tiles import (
     WARP_SPECIALIZED,
     WARP_SPECIALIZED_FROM,
@@ -53,14 +54,17 @@ def tile_choice(problem: GemmProblem, num_slots: int, device_index: int | None) 
 
 def heuristic_choice(problem: GemmProblem, num_slots: int, device_index: int | None) -> TileChoice:
     """What :func:`tile_choice` returns where nothing was tuned."""
+    limits = device_limits(device_index)
     candidates = tile_candidates(
         problem.itemsize,
         problem.num_columns,
         problem.depth,
         problem.num_accumulators,
         problem.vectorized,
-        device_limits(device_index),
+        limits,
     )
+    if not why_not(WARP_SPECIALIZED, problem, limits):
+        candidates += (WARP_SPECIALIZED,)
     return TileChoice(choose_tile(candidates, num_slots, problem.num_experts), candidates)
 
 
