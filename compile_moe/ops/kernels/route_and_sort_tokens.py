@@ -158,19 +158,16 @@ def _plan(
     single = single_launches(sorted_slots, expert_offsets, arguments, constants)
     fitting = [rows for rows in single if m <= rows]
 
-    def in_turn() -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
-        few, many = sort.launches(sorted_slots, expert_offsets, topk_ids, num_experts, None, counts)
-        route = launch_for(arguments, constants)
-        return (route, *few), (route, *many)
+    def sorts() -> tuple[tuple[Launch, ...], ...]:
+        return sort.launches(sorted_slots, expert_offsets, topk_ids, num_experts, None, counts)
 
     def variants() -> tuple[Launch, ...]:
-        few, (_, *many) = in_turn()
-        return (*single.values(), *few, *many)
+        return (*single.values(), launch_for(arguments, constants), *sum(sorts(), ()))
 
     if fitting:
         chosen: tuple[Launch, ...] = (single[min(fitting)],)
     else:
-        chosen = in_turn()[sorted_slots.size(0) > sort.SMALL_MAX_SLOTS]
+        chosen = (launch_for(arguments, constants), *sorts()[sort.which(sorted_slots.size(0))])
     pointers = map(pointer_key, (sorted_slots, expert_offsets))
     key = ("route_and_sort_tokens", *routing_key(arguments, constants), *pointers)
     return Plan(key, chosen, variants)

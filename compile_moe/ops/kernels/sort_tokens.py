@@ -14,8 +14,8 @@ from torch import Tensor
 
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 
+TINY_MAX_SLOTS = 32
 SMALL_MAX_SLOTS = 4096
-SMALL_BLOCK = 64
 BLOCK = 256
 CHUNK = 32
 
@@ -252,8 +252,8 @@ def launches(
     num_experts: int,
     expert_map: Tensor | None,
     counts: Tensor | None,
-) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
-    """The launches for few and for many slots; the latter need ``counts``, from :func:`scratch`."""
+) -> tuple[tuple[Launch, ...], ...]:
+    """The launches for very few, few and many slots; the last need ``counts``, from :func:`scratch`."""
     m, topk = topk_ids.shape
     num_slots = m * topk
     num_global = expert_map.size(0) if expert_map is not None else num_experts
@@ -265,11 +265,15 @@ def launches(
     # Where there are few slots, any memory stands for what the other launches would get.
     counts = expert_offsets if counts is None else counts
     constants = {"HAS_MAP": expert_map is not None, "BLOCK": BLOCK, "CHUNK": CHUNK}
-    small = Launch(
-        _sort_small,
-        (triton.cdiv(num_slots, SMALL_BLOCK) + triton.cdiv(num_experts + 1, SMALL_BLOCK),),
-        (sorted_slots, expert_offsets, *ids, num_slots, *sizes),
-        {**constants, "BLOCK": SMALL_BLOCK, "CHUNK": 128, "num_warps": 8},
+    # Very few slots: the sums over lanes take longest, so few rows of them.
+    tiny, small = (
+        Launch(
+            _sort_small,
+            (triton.cdiv(num_slots, block) + triton.cdiv(num_experts + 1, block),),
+            (sorted_slots, expert_offsets, *ids, num_slots, *sizes),
+            {**constants, "BLOCK": block, "CHUNK": chunk, "num_warps": 8},
+        )
+        for block, chunk in ((16, TINY_MAX_SLOTS), (64, 128))
     )
     large = (
         Launch(
@@ -286,7 +290,14 @@ def launches(
             {**constants, "num_warps": 8},
         ),
     )
-    return (small,), large
+    return (tiny,), (small,), large
+
+
+def which(num_slots: int) -> int:
+    """The index into :func:`launches` for so many slots."""
+    if num_slots > SMALL_MAX_SLOTS:
+        return 2
+    return int(num_slots > TINY_MAX_SLOTS)
 
 
 def sort_tokens(
@@ -315,8 +326,8 @@ def scratch(sorted_slots: Tensor, num_experts: int) -> Tensor | None:
 
 
 def _plan(sorted_slots: Tensor, *rest: Any) -> Plan:
-    small, large = launches(sorted_slots, *rest)
-    constants = (small[0].options["HAS_MAP"], *small[0].args[5:])
-    key = ("sort_tokens", constants, *map(pointer_key, small[0].args[:4]))
-    chosen = large if sorted_slots.size(0) > SMALL_MAX_SLOTS else small
-    return Plan(key, chosen, lambda: small + large)
+    every = launches(sorted_slots, *rest)
+    like = every[0][0]
+    constants = (like.options["HAS_MAP"], *like.args[5:])
+    key = ("sort_tokens", constants, *map(pointer_key, like.args[:4]))
+    return Plan(key, every[which(sorted_slots.size(0))], lambda: sum(every, ()))

@@ -35,6 +35,11 @@ class DeviceLimits(NamedTuple):
 
 
 @triton.jit
+def _add_each(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
+
+
+@triton.jit
 def locate_tile(
     expert_offsets_ptr,
     tile,
@@ -61,11 +66,12 @@ def locate_tile(
     tiles = (rows + BLOCK_M - 1) // BLOCK_M
     tiles_before_next = tl.cumsum(tiles, 0)
     here = (tiles_before_next > tile) & (tiles_before_next - tiles <= tile)
-    found = tl.sum(here.to(tl.int32), 0)
-    expert = tl.sum(tl.where(here, e, 0), 0)
-    first_row = tl.sum(tl.where(here, start + (tile - (tiles_before_next - tiles)) * BLOCK_M, 0), 0)
-    end_row = tl.sum(tl.where(here, end, 0), 0)
-    return tl.where(found > 0, expert, num_experts + 1), first_row, end_row
+    first_row = start + (tile - (tiles_before_next - tiles)) * BLOCK_M
+    # At most one lane has values that aren't zero; one reduction of all is quicker than one of each.
+    found, first_row, end_row = tl.reduce(
+        (tl.where(here, e + 1, 0), tl.where(here, first_row, 0), tl.where(here, end, 0)), 0, _add_each
+    )
+    return tl.where(found > 0, found - 1, num_experts + 1), first_row, end_row
 
 
 @triton.jit
