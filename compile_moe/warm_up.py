@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compile_moe.activations import ActivationLike
 from compile_moe.fused_experts import fused_experts
+from compile_moe.ops.registry import loading_everything
 
 
 def warm_up(
@@ -23,8 +24,8 @@ def warm_up(
 ) -> None:
     """Compile and load every kernel that a layer with these weights can launch, for any number of tokens.
 
-    One small call of the layer: the kernel variants of a weight shape load together. Inside a CUDA graph capture
-    nothing may compile, so call this (or the layer itself) before capturing.
+    One small call of the layer. Inside a CUDA graph capture nothing may compile, so call this, or the layer itself with
+    as many tokens, before capturing.
 
     Args:
         w1, w2, w1_bias, w2_bias, activation, expert_map: as for :func:`compile_moe.fused_experts`.
@@ -34,7 +35,7 @@ def warm_up(
     hidden_states = w1.new_zeros((2, w1.size(2)))
     topk_ids = torch.zeros((2, topk), dtype=ids_dtype, device=w1.device)
     topk_weights = torch.zeros((2, topk), dtype=weights_dtype, device=w1.device)
-    with torch.no_grad():
+    with torch.no_grad(), loading_everything():
         fused_experts(
             hidden_states,
             w1,

@@ -12,6 +12,7 @@ import compile_moe
 from compile_moe.ops import gather_gemm, scatter_gemm
 from compile_moe.ops.kernels import tuned_tiles
 from compile_moe.ops.kernels.gemm_problem import GemmProblem, has_boxes
+from compile_moe.ops.kernels.launch import loading_everything
 from compile_moe.ops.kernels.tile_space import tile_space, why_not
 from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, DeviceLimits
 from compile_moe.ops.kernels.warp_specialized import row_tiles
@@ -111,13 +112,14 @@ def test_launches(always: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("m", [0, 1])
 def test_the_first_call_may_have_no_rows(always: None, monkeypatch: pytest.MonkeyPatch, m: int) -> None:
-    """It loads what later calls need."""
+    """The warm-up loads what later calls need."""
     for module in (row_tiles, tuned_tiles):
         monkeypatch.setattr(module, "device_limits", lambda index: HOPPER)
     first, layer = (make_layer(M=n, K=64, I=32, E=4, dtype=torch.bfloat16) for n in (m, 256))
     first.w1, first.w2 = layer.w1, layer.w2
     with simulated_gpu() as gpu:
-        gemms(first)
+        with loading_everything():
+            gemms(first)
         gpu.capturing = True
         gemms(layer)
         assert gpu.launched[-4:] == [
@@ -126,6 +128,34 @@ def test_the_first_call_may_have_no_rows(always: None, monkeypatch: pytest.Monke
             "row_tiles_kernel",
             "scatter_gemm_kernel",
         ]
+
+
+def test_they_load_at_the_first_call_of_many_rows_or_in_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (row_tiles, tuned_tiles):
+        monkeypatch.setattr(module, "device_limits", lambda index: HOPPER)
+    few, many, others = (
+        make_layer(M=m, K=k, I=32, E=4, dtype=torch.bfloat16) for m, k in ((3, 64), (512, 64), (512, 128))
+    )
+    many.w1, many.w2 = few.w1, few.w2
+    with simulated_gpu() as gpu:
+        gemms(few)
+        gpu.capturing = True
+        gemms(few)
+        with pytest.raises(RuntimeError, match=r"gather_gemm .*with as many tokens; compile_moe\.warm_up"):
+            gemms(many)
+        gpu.capturing = False
+        with loading_everything():
+            gemms(few)
+        gpu.capturing = True
+        gpu.launched.clear()
+        gemms(many)
+        both = ["row_tiles_kernel", "gather_gemm_kernel", "row_tiles_kernel", "scatter_gemm_kernel"]
+        assert gpu.launched == both
+        gpu.capturing = False
+        gemms(others)
+        gpu.capturing = True
+        gemms(others)
+        assert gpu.launched == both * 3
 
 
 def test_few_rows_take_other_tiles(always: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from compile_moe.ops.kernels.launch import current_recorder
+from compile_moe.ops.kernels.launch import loading_everything as loading_everything
 from compile_moe.ops.kernels.remembered_calls import remembering as remembering
 from compile_moe.ops.untraced import untraced
 

@@ -35,11 +35,14 @@ class Plan(NamedTuple):
     launches: in order; their tensors are arguments of the launcher.
     variants: all launches that other numbers of tokens would choose under the same key. They compile and load at the
         key's first call, because inside a CUDA graph capture that is too late.
+    others: plans for the same arguments but for a number of tokens that has another key. They load with this one
+        inside :func:`loading_everything` only.
     """
 
     key: tuple[Hashable, ...]
     launches: Sequence[Launch]
     variants: Callable[[], Iterable[Launch]]
+    others: Sequence[Plan] = ()
 
 
 class ReadyLaunch(NamedTuple):
@@ -84,13 +87,13 @@ def launch(plan: Callable[..., Plan], *arguments: Any) -> None:
         return
     with device_guard(device):
         signature = (plan, device.index, *map(_description, arguments))
-        ready = _ready.get(signature)
-        if ready is None:
-            ready = _prepare(plan, arguments, device)
+        ready, recorder = _ready.get(signature), current_recorder()
+        if ready is None or recorder is _load_everything:
+            ready = _prepare(plan, arguments, device, everything=recorder is _load_everything)
             if len(_ready) >= _MOST_READY:
                 _ready.clear()
             _ready[signature] = ready
-        if (recorder := current_recorder()) is not None:
+        if recorder is not None:
             recorder(ready, arguments)
         for compiled, grid, args, tensors in ready:
             args = args.copy()
@@ -116,6 +119,15 @@ def recording(recorder: Recorder) -> Iterator[None]:
         _thread.recorder = None
 
 
+def _load_everything(ready: Sequence[ReadyLaunch], arguments: tuple[Any, ...]) -> None:
+    """A recorder that only says that it is there."""
+
+
+def loading_everything() -> contextlib.AbstractContextManager[None]:
+    """Launches of this thread load every kernel that any number of tokens needs."""
+    return recording(_load_everything)
+
+
 def current_stream(device: torch.device) -> int:
     """As Triton wants it."""
     stream: int = driver.active.get_current_stream(device.index)
@@ -139,16 +151,16 @@ def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]
 
 
 def _prepare(
-    make_plan: Callable[..., Plan], arguments: tuple[Any, ...], device: torch.device
+    make_plan: Callable[..., Plan], arguments: tuple[Any, ...], device: torch.device, everything: bool
 ) -> tuple[ReadyLaunch, ...]:
     # Objects of their own: the caller may give one tensor twice, and two the next time.
     own = [argument.detach() if isinstance(argument, Tensor) else argument for argument in arguments]
     positions = {id(argument): i for i, argument in enumerate(own)}
     plan = make_plan(*own)
-    key = (device.index, *plan.key)
-    compiled = _loaded.get(key)
-    if compiled is None:
-        compiled = _load(key, plan.variants, device)
+    compiled = _load(plan, device)
+    if everything:
+        for other in plan.others:
+            _load(other, device)
     ready = []
     for each in plan.launches:
         if not all(each.grid):
@@ -184,14 +196,16 @@ def _variant(launch: Launch) -> Hashable:
     return launch.kernel, *launch.options.values()
 
 
-def _load(
-    key: tuple[Hashable, ...], variants: Callable[[], Iterable[Launch]], device: torch.device
-) -> dict[Hashable, Any]:
+def _load(plan: Plan, device: torch.device) -> dict[Hashable, Any]:
+    """The compiled variants of a plan."""
+    key = (device.index, *plan.key)
+    if key in _loaded:
+        return _loaded[key]
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            f"the kernels of {key[1]} are not compiled yet for these shapes, dtypes and this device, and can't be "
-            "inside a CUDA graph capture; before capturing, call the layer and its router once, with any number of "
-            "tokens; compile_moe.warm_up(w1, w2, topk) does so for the experts"
+            f"the kernels of {plan.key[0]} are not compiled yet for these shapes, dtypes and this device, and can't be "
+            "inside a CUDA graph capture; before capturing, call the layer and its router once, with as many tokens; "
+            "compile_moe.warm_up(w1, w2, topk) compiles those of the experts for any number of tokens"
         )
     with _lock:
         if key in _loaded:
@@ -204,7 +218,7 @@ def _load(
                 _ = compiled.run
             return compiled
 
-        launches = list(variants())
+        launches = list(plan.variants())
         with ThreadPoolExecutor() as pool:
             attempts = [pool.submit(compile_and_load, launch) for launch in launches]
         compiled = {}

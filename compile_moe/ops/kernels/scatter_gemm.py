@@ -18,7 +18,7 @@ from compile_moe.ops.kernels.tiles import (
     max_row_tiles,
     row_stride,
 )
-from compile_moe.ops.kernels.tuned_tiles import tile_choice
+from compile_moe.ops.kernels.tuned_tiles import plan_of, tile_choice
 from compile_moe.ops.kernels.warp_specialized import row_tiles
 from compile_moe.ops.kernels.warp_specialized import scatter_gemm as warp_specialized
 from compile_moe.ops.kernels.warp_specialized import zero_skipped as zero_skipped_rows
@@ -221,8 +221,4 @@ def _plan(*arguments: Any) -> Plan:
         like.args[11:],
         *map(pointer_key, like.args[:6]),
     )
-
-    def variants() -> list[Launch]:
-        return [launch for tile in candidates for launch in launches_for(tile, *arguments)]
-
-    return Plan(key, launches_for(tile, *arguments), variants)
+    return plan_of(key, tile, candidates, lambda each: launches_for(each, *arguments))

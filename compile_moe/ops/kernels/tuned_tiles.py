@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple
 
 import torch
 
 from compile_moe.ops.kernels.gemm_problem import GemmProblem, Shape
+from compile_moe.ops.kernels.launch import Launch, Plan
 from compile_moe.ops.kernels.tile_file import TunedTiles, file_name, parse, tiles_folder
 from compile_moe.ops.kernels.tile_space import why_not
 from compile_moe.ops.kernels.tiles import (
@@ -66,6 +67,27 @@ def heuristic_choice(problem: GemmProblem, num_slots: int, device_index: int | N
     if not why_not(WARP_SPECIALIZED, problem, limits):
         candidates += (WARP_SPECIALIZED,)
     return TileChoice(choose_tile(candidates, num_slots, problem.num_experts), candidates)
+
+
+def plan_of(
+    key: tuple[Hashable, ...],
+    tile: Tile,
+    candidates: tuple[Tile, ...],
+    launches_for: Callable[[Tile], tuple[Launch, ...]],
+) -> Plan:
+    """Launches with ``tile``. The warp-specialized kernels, which take seconds to compile, load apart from the others:
+    with the first call of many rows.
+    """
+
+    special = tile.warp_specialized
+    alike = [each for each in candidates if each.warp_specialized == special]
+    rest = [each for each in candidates if each.warp_specialized != special]
+
+    def launches(tiles: list[Tile]) -> list[Launch]:
+        return [launch for each in tiles for launch in launches_for(each)]
+
+    others = (Plan((*key, not special), (), lambda: launches(rest)),) if rest else ()
+    return Plan((*key, special), launches_for(tile), lambda: launches(alike), others)
 
 
 def device_name(device_index: int | None) -> str | None:
