@@ -200,12 +200,17 @@ def tune_command(
         float,
         typer.Option(help="Exponent of the skewed routing: the expert of rank r is as likely as r ** -skew."),
     ] = TuneOptions.skew,
+    exhaustive: Annotated[
+        bool,
+        typer.Option("--exhaustive", help="Every tile there is, hundreds, not only those near the fastest."),
+    ] = False,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the results. Default: where layers look for them.")
     ] = None,
 ) -> None:
-    """Time both GEMMs of a layer with every sensible tile on this GPU, and keep the best for later runs.
+    """Time both GEMMs of a layer with many tiles on this GPU, and keep the best for later runs.
 
+    From the tile that it has without tuning and one of each other kind the search goes to neighbours of the fastest.
     Even and skewed routing count alike. Interrupted, the same command goes on where it was.
     """
     sizes = {
@@ -216,7 +221,8 @@ def tune_command(
     }
     with _refusing():
         shape = own_shape(sizes, model, 0)
-        run_tune(TuneOptions(model, shape and shape[:4], _numbers(tokens), dtype, device, skew, output))
+        sizes_given = shape and shape[:4]
+        run_tune(TuneOptions(model, sizes_given, _numbers(tokens), dtype, device, skew, exhaustive, output))
 
 
 def _numbers(given: str) -> tuple[int, ...]:

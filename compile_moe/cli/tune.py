@@ -36,7 +36,7 @@ class TuneOptions:
     """What the command line gives; None leaves the choice to the command.
 
     sizes: hidden size, intermediate size, experts, topk. skew: of the second kind of routing; the first is even.
-    output: folder for the results.
+    exhaustive: measure every tile. output: folder for the results.
     """
 
     model: str | None = None
@@ -45,6 +45,7 @@ class TuneOptions:
     dtype: str | None = None
     device: str | None = None
     skew: float = 0.5
+    exhaustive: bool = False
     output: Path | None = None
 
 
@@ -147,7 +148,7 @@ def _search_all(
                 def report(what: str, done: int, total: int, where: str = f"{gemm}, {tokens} tokens") -> None:
                     progress.update(task, description=f"{where}: {what}", completed=done, total=total)
 
-                yield search(case, journal, report)
+                yield search(case, journal, report, options.exhaustive)
                 del case  # before the next one takes memory
             del weights
 

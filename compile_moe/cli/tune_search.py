@@ -15,6 +15,7 @@ from compile_moe.cli.language_model import one_line
 from compile_moe.cli.refusal import Refusal
 from compile_moe.cli.timing import seconds_per_call
 from compile_moe.cli.tune_journal import Journal, Outcome
+from compile_moe.cli.tune_steps import neighbours, starts
 from compile_moe.ops.tuning import Gemm, GemmProblem, Tile
 
 #: Seconds of one of the GEMMs with a tile; they are the same but for the routing.
@@ -25,6 +26,8 @@ _MOST_DIFFERENCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e
 #: measurements is partly luck.
 _FINALISTS = 4
 _ROUNDS = 3
+#: Neighbours of so many of the fastest tiles are measured.
+_LEADERS = 2
 #: Another tile must be this much faster than the heuristic's.
 _LEAST_GAIN = 0.01
 
@@ -106,38 +109,74 @@ class DeviceCase:
         return gemm.out.float() if gemm.out.dtype is not torch.float32 else gemm.out.clone()
 
 
-def search(case: Case, journal: Journal, on_progress: Callable[[str, int, int], None]) -> Found:
-    """Measure every tile that the journal doesn't know, then the best ones again.
+class _Measurements:
+    """Outcomes of one case, from the journal or measured."""
+
+    def __init__(self, case: Case, journal: Journal, on_progress: Callable[[str, int, int], None]) -> None:
+        self._case = case
+        self._journal = journal
+        self._on_progress = on_progress
+        self._key = case.problem.gemm, case.num_slots
+        self.outcomes: dict[Tile, Outcome] = {}
+
+    def add(self, tiles: Sequence[Tile]) -> None:
+        """Raises: as :func:`search`."""
+        known = {tile: self._journal.get(*self._key, tile) for tile in tiles if tile not in self.outcomes}
+        self.outcomes.update({tile: outcome for tile, outcome in known.items() if outcome is not None})
+        left = [tile for tile, outcome in known.items() if outcome is None]
+        done = len(self.outcomes)
+        self._on_progress("compiling", done, done + len(left))
+        self._case.compile(left)
+        for i, tile in enumerate(left):
+            self._on_progress("timing", done + i, done + len(left))
+            outcome = _outcome(self._case, tile)
+            self._journal.add(*self._key, tile, outcome)
+            _check_device(outcome, tile)
+            self.outcomes[tile] = outcome
+        heuristic = self._case.heuristic_tile
+        if not self.outcomes[heuristic].seconds:
+            raise Refusal(
+                f"{self._key[0]} can't be tuned for {self._key[1]} slots, because it fails with the tile it has "
+                f"without tuning, {heuristic}: {self.outcomes[heuristic].failure}; please report this"
+            )
+
+    def ranked(self) -> list[Tile]:
+        """Those that ran, fastest first."""
+        baseline = self.outcomes[self._case.heuristic_tile].seconds
+        ran = [tile for tile, outcome in self.outcomes.items() if outcome.seconds]
+        return sorted(ran, key=lambda tile: _ratio(self.outcomes[tile].seconds, baseline))
+
+
+def search(
+    case: Case,
+    journal: Journal,
+    on_progress: Callable[[str, int, int], None],
+    exhaustive: bool = False,
+) -> Found:
+    """Measure tiles, from the heuristic's tile and ones of other kinds to their neighbours as long as that brings
+    faster ones, or all tiles; then the best ones again. What the journal knows isn't measured.
 
     Args:
-        on_progress: called with what is being done, tiles done and tiles in all.
+        on_progress: called with what is being done, tiles done and tiles in sight.
 
     Raises:
         Refusal: the heuristic's tile fails, or the device does.
     """
-    gemm, slots, heuristic = case.problem.gemm, case.num_slots, case.heuristic_tile
+    heuristic = case.heuristic_tile
     tiles = tuple(dict.fromkeys([heuristic, *case.tiles()]))
-    left = [tile for tile in tiles if journal.get(gemm, slots, tile) is None]
-    done = len(tiles) - len(left)
-    on_progress("compiling", done, len(tiles))
-    case.compile(left)
-    for tile in left:
-        on_progress("timing", done, len(tiles))
-        outcome = _outcome(case, tile)
-        journal.add(gemm, slots, tile, outcome)
-        _check_device(outcome, tile)
-        done += 1
-    outcomes = {tile: journal.get(gemm, slots, tile) or Outcome() for tile in tiles}
-    baseline = outcomes[heuristic]
-    if not baseline.seconds:
-        raise Refusal(
-            f"{gemm} can't be tuned for {slots} slots, because it fails with the tile it has without tuning, "
-            f"{heuristic}: {baseline.failure}; please report this"
-        )
-    times = {tile: outcome.seconds for tile, outcome in outcomes.items() if outcome.seconds}
-    ranked = sorted(times, key=lambda tile: _ratio(times[tile], baseline.seconds))
+    measurements = _Measurements(case, journal, on_progress)
+    if exhaustive:
+        measurements.add(tiles)
+    else:
+        next_tiles = starts(heuristic, tiles)
+        while not all(tile in measurements.outcomes for tile in next_tiles):
+            measurements.add(next_tiles)
+            next_tiles = [
+                near for tile in measurements.ranked()[:_LEADERS] for near in neighbours(tile, tiles)
+            ]
+    ranked, done = measurements.ranked(), len(measurements.outcomes)
     finalists = list(dict.fromkeys([heuristic, *ranked[:_FINALISTS]]))
-    on_progress("timing the best again", done, len(tiles))
+    on_progress("timing the best again", done, done)
     rounds = [{tile: case.measure(tile) for tile in finalists} for _ in range(_ROUNDS)]
     ratios = {
         tile: statistics.median(_ratio(each[tile], each[heuristic]) for each in rounds) for tile in finalists
@@ -147,7 +186,8 @@ def search(case: Case, journal: Journal, on_progress: Callable[[str, int, int], 
         best = heuristic
     heuristic_seconds = statistics.median(statistics.mean(each[heuristic]) for each in rounds)
     seconds = statistics.median(statistics.mean(each[best]) for each in rounds)
-    return Found(case.problem, slots, heuristic, heuristic_seconds, best, seconds, len(outcomes) - len(times))
+    num_failed = done - len(ranked)
+    return Found(case.problem, case.num_slots, heuristic, heuristic_seconds, best, seconds, num_failed)
 
 
 def _outcome(case: Case, tile: Tile) -> Outcome:
