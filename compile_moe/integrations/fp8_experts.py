@@ -4,10 +4,10 @@
 |---|---|---|
 | float8_e4m3fn, block_size (bn, bk) | fp8_w8a8_block | a scale each bk columns |
 | float8_e4m3fn, no block_size: scales (E, 1, 1), or (E, 2, 1) of gate and up | fp8_w8a8_channel | a scale each |
+| the same with scales (E, 1, 1), activation_scheme "static" | fp8_w8a8_tensor | the checkpoint's scales |
 | int8, two e2m1 numbers a byte (DeepSeek-V4): scales (E, N, K / 32) e8m0 | mxfp4_w4a16 | as they are |
 
-Scales of a checkpoint for its tokens (activation_scheme "static") are not read: no scheme has them beside blocks, or
-beside one scale for gate and one for up, and a scale for each token loses less.
+Elsewhere a checkpoint's scales for tokens are not read, since no scheme has them: a scale for each token loses less.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def fp8_experts_forward(
     """Forward of an ``FP8Experts`` module; transformers calls it in place of the module's own.
 
     Args:
-        self: the module. Attributes read: has_gate, has_bias, block_size, gate_up_proj or up_proj, down_proj, their
-            ``_scale_inv`` (which multiply the weights), and the activation ``_apply_gate`` or ``act_fn``.
+        self: the module. Attributes read: has_gate, has_bias, block_size, activation_scheme, gate_up_proj or up_proj,
+            down_proj, their ``_scale_inv`` (which multiply the weights) and, if static, ``_activation_scale``, and
+            the activation ``_apply_gate`` or ``act_fn``.
         hidden_states: (M, K), floating point.
         top_k_index: (M, topk), int32 or int64. The id num_experts skips its slot.
         top_k_weights: (M, topk), floating point.
@@ -50,16 +51,20 @@ def fp8_experts_forward(
         raise TypeError(
             f"{type(self).__name__} holds {w1.dtype} and {w2.dtype} weights, which no scheme mixes; {_ADVICE}"
         )
-    block_shape = None
     if w1.dtype is torch.int8:
-        scheme = "mxfp4_w4a16"
+        scheme: dict[str, Any] = {"scheme": "mxfp4_w4a16"}
         w1, w2 = w1.view(torch.uint8), w2.view(torch.uint8)
     elif self.block_size is not None:
-        scheme, block_shape = "fp8_w8a8_block", self.block_size
+        scheme = {"scheme": "fp8_w8a8_block", "block_shape": self.block_size}
+    elif self.activation_scheme == "static" and w1_scale.numel() == w1.size(0):
+        # The names are gate_up_proj's whether there is a gate or not.
+        a1_scale, a2_scale = self.gate_up_proj_activation_scale, self.down_proj_activation_scale
+        scheme = {"scheme": "fp8_w8a8_tensor", "a1_scale": a1_scale, "a2_scale": a2_scale}
+        w1_scale, w2_scale = w1_scale.flatten(), w2_scale.flatten()
     else:
-        scheme = "fp8_w8a8_channel"
+        scheme = {"scheme": "fp8_w8a8_channel"}
         w1_scale, w2_scale = _scale_per_row(w1_scale, w1.size(1)), _scale_per_row(w2_scale, w2.size(1))
-    config = FusedMoEQuantConfig(scheme, block_shape=block_shape, w1_scale=w1_scale, w2_scale=w2_scale)
+    config = FusedMoEQuantConfig(**scheme, w1_scale=w1_scale, w2_scale=w2_scale)
     operands = Operands(w1, w2, config, hidden_states.dtype)
     return run_experts(self, operands, hidden_states, top_k_index, top_k_weights)
 
