@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import compile_moe
 import compile_moe.integrations.transformers as integration
+from compile_moe.integrations import experts_module
 from tests.support.tiny_models import COMMON, FAMILIES, assert_close, tiny_model
 
 transformers = pytest.importorskip("transformers")
@@ -53,9 +55,9 @@ def test_logits(family: str, device: str, monkeypatch: pytest.MonkeyPatch) -> No
     model, ids = tiny_model(family).to(device), prompt(device)
     calls = []
     monkeypatch.setattr(
-        integration,
+        experts_module,
         "fused_experts",
-        lambda *args, _layer=integration.fused_experts, **kwargs: calls.append(0) or _layer(*args, **kwargs),
+        lambda *args, **kwargs: calls.append(0) or compile_moe.fused_experts(*args, **kwargs),
     )
     result = logits(model, ids)
     experts = [module for module in model.modules() if hasattr(module, "is_transposed")]
@@ -149,13 +151,6 @@ def test_every_way_to_choose_it(tmp_path: Path) -> None:
     ):
         assert loaded.config._experts_implementation == integration.NAME
         assert torch.isfinite(logits(loaded, ids)).all()
-
-
-def test_fp8_experts_are_refused() -> None:
-    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
-    forward = fp8.ALL_FP8_EXPERTS_FUNCTIONS.get_interface(integration.NAME, None)
-    with pytest.raises(NotImplementedError, match=r"FP8 weights.*dequantize=True"):
-        forward(nn.Module(), None, None, None)
 
 
 @pytest.mark.parametrize(

@@ -5,21 +5,30 @@
 >>> model = AutoModelForCausalLM.from_pretrained(..., experts_implementation=integration.NAME)    # doctest: +SKIP
 
 or, for a model that is there already, ``model.set_experts_implementation("compile_moe")``.
+
+>>> integration.quantize_experts(model, "int4_w4a16", group_size=32)                    # doctest: +SKIP
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from compile_moe.experts import TritonExperts
-from compile_moe.fused_experts import fused_experts
-from compile_moe.modular_kernel import FusedMoEModularKernel
-from compile_moe.prepare_finalize import MoEPrepareAndFinalizeNoEP
+from compile_moe.integrations.experts_module import Operands, float_weights, is_experts, run_experts
+from compile_moe.integrations.fp8_experts import fp8_experts_forward
+from compile_moe.integrations.mxfp4_quantizer import extend_mxfp4_quantizer
+from compile_moe.integrations.quantized_experts import (
+    ExpertsQuantization,
+    quantization_of,
+    quantize_module,
+    quantized_operands,
+)
+from compile_moe.quant_config import find_scheme
+
+__all__ = ["NAME", "experts_forward", "fp8_experts_forward", "quantize_experts", "register"]
 
 #: What to give as ``experts_implementation``.
 NAME = "compile_moe"
@@ -30,9 +39,9 @@ _REQUIREMENT = "transformers >= 5.17; install it by: pip install 'compile-moe[tr
 def register() -> None:
     """Add ``experts_implementation="compile_moe"`` to transformers. Calling it again changes nothing.
 
-    Models with float weights then run every experts class that transformers decorates with
-    ``use_experts_implementation`` through :func:`compile_moe.fused_experts`. Those that transformers quantizes to
-    FP8 raise NotImplementedError when they run.
+    Models then run every experts class that transformers decorates with ``use_experts_implementation`` through
+    :func:`compile_moe.fused_experts`, also where it quantizes them to FP8 (:func:`fp8_experts_forward`). mxfp4
+    checkpoints (gpt-oss) load with their experts as they are stored, without transformers' kernels for them.
 
     Raises:
         ImportError: transformers is missing, or has no experts interface.
@@ -41,19 +50,21 @@ def register() -> None:
     fp8 = _import("transformers.integrations.finegrained_fp8")
     try:
         interfaces = (moe.ExpertsInterface, fp8.FP8ExpertsInterface)
+        quantizers = _import("transformers.quantizers.auto").AUTO_QUANTIZER_MAPPING
     except AttributeError as error:
         raise ImportError(f"{error}; compile_moe needs {_REQUIREMENT}") from error
     for interface, forward in zip(interfaces, (experts_forward, fp8_experts_forward), strict=True):
         interface.register(NAME, forward)
+    extend_mxfp4_quantizer(quantizers, NAME)
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Forward of an experts module; transformers calls it in place of the module's own.
 
     Args:
-        self: the module. Attributes read: has_gate, has_bias, is_transposed, gate_up_proj or up_proj, down_proj, their
-            biases, as the activation ``_apply_gate`` (which knows the layout of gate and up) or ``act_fn``, and, where
-            has_post_expert_norm is set, post_expert_norm.
+        self: the module. Attributes read: has_gate, has_bias, is_transposed, gate_up_proj or up_proj, down_proj (or
+            what :func:`quantize_experts` left of these), their biases, as the activation ``_apply_gate`` (which knows
+            the layout of gate and up) or ``act_fn``, and, where has_post_expert_norm is set, post_expert_norm.
         hidden_states: (M, K), floating point.
         top_k_index: (M, topk), int32 or int64. The id num_experts skips its slot.
         top_k_weights: (M, topk), floating point.
@@ -62,60 +73,51 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         (M, K) in hidden_states' dtype.
 
     Raises:
-        TypeError: weights that are not plain floating-point tensors.
+        TypeError: weights that are not plain floating-point tensors, or quantized by something else.
         ValueError: shapes that don't fit together.
     """
-    name = "gate_up_proj" if self.has_gate else "up_proj"
-    w1, w2 = _weight(self, name), _weight(self, "down_proj")
-    w1_bias = _weight(self, f"{name}_bias") if self.has_bias else None
-    w2_bias = _weight(self, "down_proj_bias") if self.has_bias else None
-    if self.is_transposed:
-        w1, w2 = w1.transpose(1, 2), w2.transpose(1, 2)
-    activation = self._apply_gate if self.has_gate else self.act_fn
-    # A norm that keeps float32 hands over more precision than the weights have.
-    given = hidden_states.to(w1.dtype), w1, w2, top_k_weights, top_k_index
-    if getattr(self, "has_post_expert_norm", False):
-        parts = _PostExpertNorm(self.post_expert_norm), TritonExperts(w1_bias=w1_bias, w2_bias=w2_bias)
-        result = FusedMoEModularKernel(*parts)(*given, activation=activation)
+    quantization = quantization_of(self)
+    if quantization is None:
+        w1, w2 = float_weights(self)
+        operands = Operands(w1, w2, None, w1.dtype)
     else:
-        result = fused_experts(*given, activation=activation, w1_bias=w1_bias, w2_bias=w2_bias)
-    return result.to(hidden_states.dtype)
+        operands = quantized_operands(self, quantization, hidden_states)
+    return run_experts(self, operands, hidden_states, top_k_index, top_k_weights)
 
 
-class _PostExpertNorm(MoEPrepareAndFinalizeNoEP):
-    """Normalises each expert's output before the weighted sum (transformers newer than 5.17)."""
+def quantize_experts(
+    model: Any,
+    scheme: str,
+    *,
+    block_shape: Sequence[int] | None = None,
+    group_size: int | None = None,
+    zero_points: bool = False,
+) -> None:
+    """Quantize the experts of a model in place, one module after the other, and choose our implementation for it.
 
-    def __init__(self, norm: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.norm = norm
+    The weights become parameters in the scheme's layout: ``state_dict`` holds them, and ``load_state_dict`` takes them
+    on a model that was quantized alike. Don't call ``model.to(dtype)`` afterwards, which casts float8 weights and
+    scales too. ``save_pretrained`` writes no config for them.
 
-    def finalize(self, output: Tensor, fused_expert_output: Tensor, *args: Any, **kwargs: Any) -> None:
-        super().finalize(output, self.norm(fused_expert_output), *args, **kwargs)
+    Args:
+        model: a PreTrainedModel with float experts of ``use_experts_implementation``.
+        scheme, block_shape, group_size: as for :class:`compile_moe.FusedMoEQuantConfig`.
+        zero_points: as for :func:`compile_moe.quantize_weights`.
 
-
-def fp8_experts_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Refusal of modules whose experts transformers quantized to FP8."""
-    raise NotImplementedError(
-        f"{type(self).__name__} holds FP8 weights, which this integration does not run yet; load the model with "
-        "FineGrainedFP8Config(dequantize=True), or choose another experts_implementation ('grouped_mm', 'eager')"
-    )
-
-
-def _weight(module: Any, name: str) -> Tensor:
-    weight = getattr(module, name, None)
-    if not isinstance(weight, Tensor):
-        raise TypeError(
-            f"{type(module).__name__}.{name} must be a tensor, got {type(weight).__name__}; compile_moe runs experts "
-            "with the stacked weights of transformers' use_experts_implementation; choose another "
-            "experts_implementation for this model"
+    Raises:
+        ValueError, TypeError: no such scheme, no such experts, or sizes that don't divide.
+    """
+    find_scheme(scheme, block_shape, group_size)
+    experts = [module for module in model.modules() if is_experts(module)]
+    if not experts:
+        raise ValueError(
+            f"{type(model).__name__} has no experts that transformers dispatches by experts_implementation"
         )
-    if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise TypeError(
-            f"{type(module).__name__}.{name} must be bfloat16, float16, float32 or float64, got {weight.dtype}; "
-            "this integration does not run quantized experts yet: load the model dequantized, or choose another "
-            "experts_implementation"
-        )
-    return weight
+    register()
+    model.set_experts_implementation(NAME)
+    block = None if block_shape is None else tuple(block_shape)
+    for module in experts:
+        quantize_module(module, ExpertsQuantization(scheme, block, group_size), zero_points)
 
 
 def _import(name: str) -> Any:

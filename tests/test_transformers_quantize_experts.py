@@ -1,0 +1,97 @@
+"""Experts of transformers' models, quantized in place."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import compile_moe.integrations.transformers as integration
+from tests.support.quantized import VARIANTS
+from tests.support.quantized_models import (
+    MXFP4,
+    assert_as_float_experts,
+    assert_compiles_once,
+    assert_generates,
+    dequantized,
+    experts_of,
+    logits,
+    make_model,
+    prompt,
+    record_schemes,
+)
+
+transformers = pytest.importorskip("transformers")
+integration.register()
+
+
+@pytest.fixture(autouse=True)
+def forward_only() -> Any:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def schemes_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return record_schemes(monkeypatch)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_quantized_in_place(family: str, variant: str, device: str, schemes_run: list[str]) -> None:
+    scheme = VARIANTS[variant]
+    model, ids = make_model(family).to(device), prompt(device)
+    floats = copy.deepcopy(model)
+    integration.quantize_experts(model, scheme.scheme, zero_points=scheme.zero_points, **scheme.options)
+    result = logits(model, ids)
+    assert len(schemes_run) == len(experts_of(model)) and set(schemes_run) == {scheme.scheme}
+    assert torch.isfinite(result).all()
+    if scheme.made.token_scaling is None:
+        assert_as_float_experts(result, floats, dequantized(model), ids)
+
+
+@pytest.mark.parametrize("variant", ["int4_w4a16-group_size16-zp", "fp8_w8a8_channel", MXFP4])
+def test_state_dict_round_trip(variant: str) -> None:
+    scheme, ids = VARIANTS[variant], prompt("cpu")
+    models = [make_model("qwen3_moe") for _ in range(2)]
+    for model in models:
+        integration.quantize_experts(model, scheme.scheme, zero_points=scheme.zero_points, **scheme.options)
+    assert not torch.equal(logits(models[0], ids), logits(models[1], ids))
+    models[1].load_state_dict(models[0].state_dict())
+    assert torch.equal(logits(models[0], ids), logits(models[1], ids))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("family", ["gpt_oss", "nemotron_h"])
+def test_quantized_in_place_compiles_once_and_generates(family: str, device: str) -> None:
+    model = make_model(family).to(device)
+    integration.quantize_experts(model, "int4_w4a16", group_size=16)
+    assert_compiles_once(model, device)
+    assert_generates(model, device)
+
+
+def test_bf16_models_with_float32_hidden_states() -> None:
+    """A norm may hand over more precision than the weights had."""
+    model = make_model("qwen3_moe").to(torch.bfloat16)
+    integration.quantize_experts(model, "int4_w4a16", group_size=16)
+    experts = experts_of(model)[0]
+    hidden_states, (weights, ids) = torch.randn(5, 32), torch.rand(5, 8).topk(2)
+    result = experts(hidden_states, ids, weights)
+    assert result.dtype is torch.float32
+    assert torch.equal(result.bfloat16(), experts(hidden_states.bfloat16(), ids, weights))
+
+
+def test_what_cannot_be_quantized_in_place() -> None:
+    model = make_model("qwen3_moe")
+    with pytest.raises(ValueError, match="scheme must be one of"):
+        integration.quantize_experts(model, "int3")
+    with pytest.raises(ValueError, match="multiple of 12"):
+        integration.quantize_experts(model, "int4_w4a16", group_size=12)
+    with pytest.raises(ValueError, match="no experts that transformers dispatches"):
+        integration.quantize_experts(nn.Linear(2, 2), MXFP4)
+    integration.quantize_experts(model, "int8_w8a16")
+    with pytest.raises(TypeError, match=r"gate_up_proj must be bfloat16, .* got torch.uint8"):
+        integration.quantize_experts(model, MXFP4)
