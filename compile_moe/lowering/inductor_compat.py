@@ -78,7 +78,7 @@ _PROBES: Mapping[str, Mapping[str, Callable[[], Any]]] = {
         f"sizevars.SizeVarAllocator.{' or .'.join(_INTEGERS)}": lambda: _size_function(
             sizevars.SizeVarAllocator
         ),
-        **_attributes("virtualized.V", "ir.FloorDiv"),
+        **_attributes("virtualized.V", "ir.TensorBox", "ir.View.create"),
     },
     "passes": _attributes("config.post_grad_custom_pre_pass", "custom_graph_pass.CustomGraphPass"),
     "explain": {
@@ -257,9 +257,10 @@ def quotient(x: Any, y: Any, like: Any) -> Any:
     )
 
 
-def floor_div(x: Any, y: Any) -> Any:
-    """x // y in an index."""
-    return ir.FloorDiv(x, y)
+def flattened(box: Any, sizes: Sequence[Any]) -> Any:
+    """A tensor, which is realized, as a view of these sizes."""
+    box.realize()
+    return ir.TensorBox(ir.View.create(box.data, list(sizes)))
 
 
 def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
@@ -276,7 +277,7 @@ __all__ = [
     "GraphFunction",
     "call",
     "config",
-    "floor_div",
+    "flattened",
     "graph",
     "install_passes",
     "ir",
