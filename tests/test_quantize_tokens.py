@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compile_moe.ops import quantize_tokens
-from compile_moe.ops import registry
 from tests.support.profiled import on_gpu
 from tests.support.quantized_inputs import opcheck
 from tests.support.token_inputs import GIVEN, SCALINGS, assert_same_bits, given, heavy_tailed

@@ -22,7 +22,7 @@ from compile_moe import (
 from compile_moe.ops import quantize_tokens
 from compile_moe.quantization import make_scheme
 from tests.support.fake_cuda import cuda_empty, generated_kernels
-from tests.test_block_kernels import E, I, K, M, TOPK, after_router, by_kernels, clamped_silu, in_order
+from tests.test_block_kernels import TOPK, E, I, K, M, after_router, by_kernels, clamped_silu, in_order
 from tests.test_lowering import finalize_arguments, finalize_block
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -152,7 +152,7 @@ fp8 per group silu, fp8 per group silu one token, fp8 per group gelu, fp8 per gr
         )
 
     def test_activations_between_the_gemms(self) -> None:
-        """One that no epilogue can hold is in the kernel that quantizes it, but for groups, which are other loops."""
+        """What no epilogue can hold is in the kernel that quantizes it, unless it goes over rows and the scales over groups."""
         found = {
             f"{name} {activation}": block_kernels(name, activation)
             for activation in ("row-wise", "overridden")

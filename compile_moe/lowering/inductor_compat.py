@@ -225,7 +225,10 @@ def row_maxima(
     reduced: Sequence[Any],
     element: Callable[[Sequence[Any], Sequence[Any]], Any],
 ) -> Any:
-    """float32 tensor of ``sizes``, realized: the largest of ``element(index, reduced_index)``; NaN is larger than all."""
+    """float32 tensor of ``sizes``, realized: the largest ``element(index, reduced_index)``; NaN is larger than all."""
+    # Evaluates an element, before anything of the reduction is in the graph.
+    n = len(sizes)
+    pointwise(like, torch.float32, [*sizes, *reduced], lambda index: element(index[:n], index[n:]))
     box = ir.Reduction.create(**_max_of(like, sizes, reduced, element))
     box.realize()
     return box

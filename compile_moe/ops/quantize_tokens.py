@@ -100,9 +100,9 @@ def no_kernel(dtype: torch.dtype, device: torch.device) -> str:
         return ""
     needed, given = (".".join(map(str, c)) for c in (FP8_CAPABILITY, capability))
     return (
-        f"tokens can't be quantized to {dtype} on {device}, {torch.cuda.get_device_name(device)}: Triton has that dtype "
-        f"from compute capability {needed} (Ada, Hopper, Blackwell) on, this is {given}. Use a scheme that quantizes "
-        "tokens to int8 or not at all, or dequantize the weights once with compile_moe.dequantize_weights"
+        f"tokens can't be quantized to {dtype} on {device}, {torch.cuda.get_device_name(device)}: Triton has that "
+        f"dtype from compute capability {needed} (Ada, Hopper, Blackwell) on, this is {given}. Use a scheme that "
+        "quantizes tokens to int8 or not at all, or dequantize the weights once with compile_moe.dequantize_weights"
     )
 
 

@@ -167,7 +167,7 @@ def _plan(
         before = launch_of_fewer(parts, maxima)
     if maxima is None or maxima.size(0) > MOST_MAXIMA:
         last = launch_for(quantized, scales, tokens, parts, parts.size(0), largest)
-        launches = before, last
+        launches: tuple[Launch, ...] = before, last
     else:
         last = launch_for(quantized, scales, tokens, maxima, maxima.size(0), largest)
         launches = (last,)
