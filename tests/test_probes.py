@@ -20,7 +20,7 @@ import compile_moe.lowering
 from compile_moe.cli import app
 from compile_moe.lowering import inductor_compat
 from compile_moe.lowering.fusion_warning import FusionWarning
-from compile_moe.ops import act_and_mul, weight_and_reduce
+from compile_moe.ops import act_and_mul, quantize_tokens, weight_and_reduce
 from tests.support.other_inductor import (
     Without,
     assert_right,
@@ -57,6 +57,11 @@ SIMULATED = {
         "ir.Pointwise.create(device, dtype, inner_fn, ranges)": has_another(
             "ir.Pointwise", SimpleNamespace(create=takes_other_arguments)
         ),
+        "ir.Reduction.create(device, dst_dtype, src_dtype, inner_fn, ranges, reduction_ranges, reduction_type)": (
+            has_another("ir.Reduction", SimpleNamespace(create=takes_other_arguments))
+        ),
+        "ir.TensorBox": lacks("ir.TensorBox"),
+        "ir.View.create": lacks("ir.View.create"),
         "sizevars.SizeVarAllocator.guard_int or .evaluate_static_shape": lacks(
             "sizevars.SizeVarAllocator.guard_int|evaluate_static_shape"
         ),
@@ -142,16 +147,18 @@ def explained(function: Callable[..., Any], *arguments: Any) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("when", ["while lowering", "while evaluating elements"])
 def test_a_lowering_that_raises(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its op is called; a warning for each of the two."""
+    """Its op is called; a warning for each of the three."""
     compile_moe.lowering.register()
     if when == "while lowering":
         has_another("ir.Pointwise", SimpleNamespace(create=takes_other_arguments))(monkeypatch)
     else:
         other = Without(inductor_compat.ops, "to_dtype")
-        for module in (compile_moe.lowering.act_and_mul, compile_moe.lowering.weight_and_reduce):
+        names = "act_and_mul", "weight_and_reduce", "quantize_tokens"
+        for module in (getattr(compile_moe.lowering, name) for name in names):
             monkeypatch.setattr(module, "ops", other)
     messages = right_with_warnings()
-    for op, message in zip((weight_and_reduce, act_and_mul), messages, strict=True):
+    ops = act_and_mul, quantize_tokens, weight_and_reduce
+    for op, message in zip(ops, sorted(messages), strict=True):
         assert message.startswith(f"compile_moe: the lowering of {op} raised ")
     refusals = explained(lambda x: weight_and_reduce(x, x[:, :, 0]) + 1, torch.ones(3, 2, 8))
     assert any(str(weight_and_reduce) in refusal and "raised" in refusal for refusal in refusals), refusals

@@ -159,7 +159,7 @@ def test_what_shares_a_scale_with_no_number_is_nan(scaling: str, value: float) -
     torch.testing.assert_close(back[~affected], x[~affected])
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "quantize_tokens"])
 def test_cuda_is_refused(stage: str) -> None:
     """What CUDA dispatches to, called by hand: the checks, then the refusal."""
     arguments = stage_inputs(make_quantized(VARIANTS["fp8_w8a8_channel"]))[stage]

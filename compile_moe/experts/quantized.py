@@ -92,6 +92,9 @@ def run_quantized(
     if facts.scaling:
         static = _row_scale(layer.a2_scale, offsets, intermediate.size(0))
         intermediate, scale = quantize_tokens(intermediate, facts.scaling, static)
+        if static is not None and static.dim() == 1:
+            # Not copied, as the op has to.
+            scale = static
     return stages.scatter(
         intermediate,
         scale,
@@ -122,5 +125,6 @@ def _row_scale(scale: Tensor | None, offsets: Tensor, num_rows: int) -> Tensor |
     if scale.numel() == 1:
         return scale.reshape(1)
     rows = torch.arange(num_rows, device=scale.device, dtype=offsets.dtype)
-    experts = torch.searchsorted(offsets[1:].contiguous(), rows, right=True)
+    # Whole, as inductor searches only what is in memory. Rows of skipped slots are behind the last expert's.
+    experts = torch.searchsorted(offsets, rows, right=True) - 1
     return scale[experts.clamp(max=scale.size(0) - 1)].unsqueeze(1)

@@ -12,12 +12,13 @@ def register() -> None:
 
     Called again and again: others may have replaced the passes since, for good or for one compile.
     """
-    from compile_moe.lowering import act_and_mul, graph_passes, weight_and_reduce
+    from compile_moe.lowering import act_and_mul, graph_passes, quantize_tokens, weight_and_reduce
     from compile_moe.lowering.fusion_warning import warn_once
     from compile_moe.lowering.inductor_compat import missing_for_fusion
 
     act_and_mul.register()
     weight_and_reduce.register()
+    quantize_tokens.register()
     graph_passes.register()
     reasons = missing_for_fusion()
     if reasons:

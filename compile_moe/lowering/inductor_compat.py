@@ -45,10 +45,12 @@ refusals = Refusals()
 _INTEGERS = ("guard_int", "evaluate_static_shape")
 
 
+_LIKE = SimpleNamespace(get_device=lambda: torch.device("cpu"))
+
+
 def _trial() -> None:
     """What ``pointwise`` does, on a constant."""
-    like = SimpleNamespace(get_device=lambda: torch.device("cpu"))
-    pointwise(like, torch.float32, [sympy.Integer(2)], lambda _: ops.constant(0.0, torch.float32))
+    pointwise(_LIKE, torch.float32, [sympy.Integer(2)], lambda _: ops.constant(0.0, torch.float32))
 
 
 def _attributes(*paths: str) -> dict[str, Callable[[], Any]]:
@@ -70,10 +72,13 @@ _PROBES: Mapping[str, Mapping[str, Callable[[], Any]]] = {
             inductor_lowering.fallback_handler
         ).bind(None, add_to_fallback_set=False),
         "ir.Pointwise.create(device, dtype, inner_fn, ranges)": _trial,
+        "ir.Reduction.create(device, dst_dtype, src_dtype, inner_fn, ranges, reduction_ranges, reduction_type)": (
+            lambda: inspect.signature(ir.Reduction.create).bind(**_max_of(_LIKE, [], [], _max_of))
+        ),
         f"sizevars.SizeVarAllocator.{' or .'.join(_INTEGERS)}": lambda: _size_function(
             sizevars.SizeVarAllocator
         ),
-        **_attributes("virtualized.V"),
+        **_attributes("virtualized.V", "ir.TensorBox", "ir.View.create"),
     },
     "passes": _attributes("config.post_grad_custom_pre_pass", "custom_graph_pass.CustomGraphPass"),
     "explain": {
@@ -214,6 +219,58 @@ def pointwise(
     return box
 
 
+def row_maxima(
+    like: Any,
+    sizes: Sequence[Any],
+    reduced: Sequence[Any],
+    element: Callable[[Sequence[Any], Sequence[Any]], Any],
+) -> Any:
+    """float32 tensor of ``sizes``, realized: the largest ``element(index, reduced_index)``; NaN is larger than all."""
+    # Evaluates an element, before anything of the reduction is in the graph.
+    n = len(sizes)
+    pointwise(like, torch.float32, [*sizes, *reduced], lambda index: element(index[:n], index[n:]))
+    box = ir.Reduction.create(**_max_of(like, sizes, reduced, element))
+    box.realize()
+    return box
+
+
+def _max_of(
+    like: Any, sizes: Sequence[Any], reduced: Sequence[Any], element: Callable[..., Any]
+) -> dict[str, Any]:
+    return {
+        "device": like.get_device(),
+        "dst_dtype": torch.float32,
+        "src_dtype": torch.float32,
+        "inner_fn": element,
+        "ranges": list(sizes),
+        "reduction_ranges": list(reduced),
+        "reduction_type": "max",
+    }
+
+
+def quotient(x: Any, y: Any, like: Any) -> Any:
+    """x / y of float32 elements of a tensor on the device of ``like``, correctly rounded.
+
+    Triton's own division is not, and before torch 2.13 inductor has no other name for one that is.
+    """
+    if like.get_device().type != "cuda" or torch.version.hip is not None:
+        return ops.truediv(x, y)
+    return ops.inline_asm_elementwise(
+        x, y, asm="div.rn.f32 $0, $1, $2;", constraints="=f,f,f", dtype=torch.float32
+    )
+
+
+def flattened(box: Any, sizes: Sequence[Any]) -> Any:
+    """A tensor, which is realized, as a view of these sizes."""
+    box.realize()
+    return ir.TensorBox(ir.View.create(box.data, list(sizes)))
+
+
+def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
+    """A call of the op, as if it had no lowering."""
+    return inductor_lowering.fallback_handler(op, add_to_fallback_set=False)(*arguments)
+
+
 def static_int(size: Any) -> int:
     """The value of a size that must be static."""
     return int(_size_function(virtualized.V.graph.sizevars)(size))
@@ -221,7 +278,9 @@ def static_int(size: Any) -> int:
 
 __all__ = [
     "GraphFunction",
+    "call",
     "config",
+    "flattened",
     "graph",
     "install_passes",
     "ir",
@@ -230,7 +289,9 @@ __all__ = [
     "missing_for_fusion",
     "ops",
     "pointwise",
+    "quotient",
     "refusals",
+    "row_maxima",
     "scheduler",
     "static_int",
     "unknown_inductor",

@@ -4,6 +4,8 @@ Args:
     tokens: (M, K) floating point, any strides.
     scaling: text of a :class:`compile_moe.quantization.TokenScaling`, which has the formula.
     scale: static scales, (1,) or (M, 1) float32, per tensor only; None computes them.
+    maxima: (any number,) float32, the largest of which is the largest magnitude of tokens, where somebody knows it
+        already; per tensor without ``scale`` only. None finds it.
 
 Returns:
     quantized (M, K) in scaling's dtype and scales float32, both contiguous and fresh: (1,) per tensor (or the shape of
@@ -15,13 +17,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compile_moe.ops.problem_size import check_float_dtype, require, shape
-from compile_moe.ops.quantized_operands import check_token_scale, no_cuda_kernel
+from compile_moe.ops.kernels.quantize_per_tensor import quantize_per_tensor
+from compile_moe.ops.kernels.quantize_tokens import quantize_tokens as quantize_per_share
+from compile_moe.ops.problem_size import check_device, check_float_dtype, require, require_type, shape
+from compile_moe.ops.quantized_operands import check_token_scale
 from compile_moe.ops.registry import OutputSpec, define_op
 from compile_moe.quantization import parse_scaling
+from compile_moe.quantization.rounding import LARGEST
+
+#: The least compute capability on which Triton has float8_e4m3fn.
+FP8_CAPABILITY = (8, 9)
 
 
-def _check(tokens: Tensor, scaling: str, scale: Tensor | None = None) -> None:
+def _check(tokens: Tensor, scaling: str, scale: Tensor | None = None, maxima: Tensor | None = None) -> None:
     parsed = parse_scaling(scaling)
     check_float_dtype("tokens", tokens)
     require(tokens.dim() == 2, lambda: f"tokens must be (M, K), got {shape(tokens)}")
@@ -31,27 +39,79 @@ def _check(tokens: Tensor, scaling: str, scale: Tensor | None = None) -> None:
             lambda: f"scales {scaling} are computed from the tokens: scale must be None, got {shape(scale)}",
         )
         check_token_scale("scale", scale, parsed, tokens)
+    if maxima is not None:
+        require(
+            parsed.per == "tensor" and scale is None,
+            lambda: (
+                f"maxima are for the one scale of all tokens: with scaling {scaling}"
+                f"{'' if scale is None else ' and a given scale'} they must be None, got {shape(maxima)}"
+            ),
+        )
+        require_type(maxima.dtype is torch.float32, lambda: f"maxima must be float32, got {maxima.dtype}")
+        require(maxima.dim() == 1, lambda: f"maxima must have one dimension, got {shape(maxima)}")
+        check_device("tokens", tokens, maxima=maxima)
 
 
-def _outputs(tokens: Tensor, scaling: str, scale: Tensor | None = None) -> tuple[OutputSpec, ...]:
+def _outputs(
+    tokens: Tensor, scaling: str, scale: Tensor | None = None, maxima: Tensor | None = None
+) -> tuple[OutputSpec, ...]:
     parsed = parse_scaling(scaling)
     m, k = tokens.shape
     scale_shape = parsed.scale_shape(m, k) if scale is None else tuple(scale.shape)
     return ((m, k), parsed.dtype), (scale_shape, torch.float32)
 
 
-def _torch(tokens: Tensor, scaling: str, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    quantized, scales = parse_scaling(scaling).quantize(tokens, scale)
+def _torch(
+    tokens: Tensor, scaling: str, scale: Tensor | None = None, maxima: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    parsed = parse_scaling(scaling)
+    if maxima is not None:
+        scale = parsed.scale_of_all(maxima)
+    quantized, scales = parsed.quantize(tokens, scale)
     # Functional: a given scale is copied, never returned.
     return quantized.contiguous(), scales.clone(memory_format=torch.contiguous_format)
 
 
+def _launch(
+    outputs: tuple[Tensor, Tensor],
+    tokens: Tensor,
+    scaling: str,
+    scale: Tensor | None = None,
+    maxima: Tensor | None = None,
+) -> None:
+    parsed = parse_scaling(scaling)
+    reason = no_kernel(parsed.dtype, tokens.device)
+    if reason:
+        raise NotImplementedError(reason)
+    largest = LARGEST[parsed.dtype]
+    if parsed.per == "tensor":
+        quantize_per_tensor(*outputs, tokens, scale, maxima, largest)
+    else:
+        width = parsed.group_size if parsed.per == "group" else tokens.size(1)
+        quantize_per_share(*outputs, tokens, width, largest)
+
+
+def no_kernel(dtype: torch.dtype, device: torch.device) -> str:
+    """Why tokens can't be quantized to ``dtype`` on a device; "" if they can."""
+    if dtype is not torch.float8_e4m3fn or device.type != "cuda":
+        return ""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= FP8_CAPABILITY:
+        return ""
+    needed, given = (".".join(map(str, c)) for c in (FP8_CAPABILITY, capability))
+    return (
+        f"tokens can't be quantized to {dtype} on {device}, {torch.cuda.get_device_name(device)}: Triton has that "
+        f"dtype from compute capability {needed} (Ada, Hopper, Blackwell) on, this is {given}. Use a scheme that "
+        "quantizes tokens to int8 or not at all, or dequantize the weights once with compile_moe.dequantize_weights"
+    )
+
+
 quantize_tokens = define_op(
     "quantize_tokens",
-    "Tensor tokens, str scaling, Tensor? scale=None",
+    "Tensor tokens, str scaling, Tensor? scale=None, Tensor? maxima=None",
     ("quantized", "scales"),
     check=_check,
     outputs=_outputs,
     torch_impl=_torch,
-    launch=no_cuda_kernel("quantize_tokens"),
+    launch=_launch,
 )

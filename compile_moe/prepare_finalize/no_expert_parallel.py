@@ -80,8 +80,12 @@ class MoEPrepareAndFinalizeNoEP(FusedMoEPrepareAndFinalize):
         if not facts.scaling:
             return PrepareResult(a1)
         # One scale for all: a token is quantized before it is known where it goes.
-        static = None if a1_scale is None else a1_scale.amax().reshape(1)
-        return PrepareResult(*quantize_tokens(a1, facts.scaling, static))
+        if a1_scale is not None and a1_scale.numel() > 1:
+            a1_scale = a1_scale.amax()
+        static = None if a1_scale is None else a1_scale.reshape(1)
+        quantized, scales = quantize_tokens(a1, facts.scaling, static)
+        # A given scale is not copied, as the op has to.
+        return PrepareResult(quantized, scales if static is None else static)
 
     def finalize(
         self,

@@ -12,11 +12,14 @@ from torch import Tensor
 #: Largest magnitudes that symmetric quantization uses.
 LARGEST: dict[torch.dtype, float] = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
+#: Smallest scale in float32 and bfloat16.
+LEAST_SCALE = 2.0**-126
+
 
 def symmetric_scale(magnitude: Tensor, largest: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """``max(magnitude / largest, floor)`` in ``dtype``; floor is 2^-126, or 2^-24 for float16."""
     return (
-        (magnitude.float() / largest).clamp(min=2.0**-24 if dtype is torch.float16 else 2.0**-126).to(dtype)
+        (magnitude.float() / largest).clamp(min=2.0**-24 if dtype is torch.float16 else LEAST_SCALE).to(dtype)
     )
 
 

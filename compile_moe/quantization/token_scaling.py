@@ -53,6 +53,11 @@ class TokenScaling:
             scale = symmetric_scale(self._largest(a), LARGEST[self.dtype])
         return round_to(a / self.expand(scale, a.size(1)), self.dtype), scale
 
+    def scale_of_all(self, maxima: Tensor) -> Tensor:
+        """The one scale (1,) of tokens with these largest magnitudes (any number,)."""
+        largest = maxima.amax().reshape(1) if maxima.numel() else maxima.new_zeros(1)
+        return symmetric_scale(largest, LARGEST[self.dtype])
+
     def expand(self, scale: Tensor, k: int) -> Tensor:
         """Scales in a shape that broadcasts to (m, k)."""
         return scale.repeat_interleave(self.group_size, -1)[:, :k] if self.per == "group" else scale

@@ -10,7 +10,8 @@ import torch
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Memory that shows whether it was written: NaN, or a number that is no valid index."""
-    return torch.full(shape, torch.nan if dtype.is_floating_point else -(2**30), dtype=dtype, device=device)
+    value = torch.nan if dtype.is_floating_point else max(-(2**30), torch.iinfo(dtype).min)
+    return torch.full(shape, value, dtype=dtype, device=device)
 
 
 def launch(op: torch._ops.OpOverload, *args: Any) -> Any:

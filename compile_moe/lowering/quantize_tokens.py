@@ -1,0 +1,112 @@
+"""Lowering of quantize_tokens: a reduction for the scales, and the quotients, which fuse with what computes the tokens.
+
+A row's maximum shares the reduction of an RMSNorm, so that both are one kernel. One scale for all tokens is the largest
+of these maxima: the op gets them, and reads the tokens once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from compile_moe.lowering.inductor_compat import (
+    call,
+    flattened,
+    lower,
+    ops,
+    pointwise,
+    quotient,
+    row_maxima,
+)
+from compile_moe.ops.quantize_tokens import no_kernel, quantize_tokens
+from compile_moe.quantization import TokenScaling, parse_scaling
+from compile_moe.quantization.rounding import LARGEST, LEAST_SCALE
+
+_FLOAT = torch.float32
+_ZERO, _ONE = sympy.Integer(0), sympy.Integer(1)
+
+Index = Sequence[Any]
+
+
+def _lowering(tokens: Any, scaling: str, scale: Any = None, maxima: Any = None) -> Any:
+    parsed = parse_scaling(scaling)
+    m, k = tokens.get_size()
+    width = _width(parsed, k)
+    if maxima is not None or width is None or 0 in (m, k) or no_kernel(parsed.dtype, tokens.get_device()):
+        return call(quantize_tokens, tokens, scaling, scale, maxima)
+    load = tokens.make_loader()
+
+    def token(index: Index) -> Any:
+        """The element (row, share, column of the share)."""
+        row, share, column = index
+        return ops.to_dtype(load([row, share * width + column]), _FLOAT)
+
+    def largest(sizes: Sequence[Any]) -> Any:
+        return row_maxima(
+            tokens,
+            sizes,
+            [width],
+            lambda index, column: ops.abs(token([*index, *([_ZERO] * (2 - len(index))), *column])),
+        )
+
+    if scale is not None:
+        scales = _given(scale, k)
+    elif parsed.per == "tensor" and m != 1:
+        return call(quantize_tokens, tokens, scaling, None, largest([m]))
+    else:
+        sizes = [_ONE] if parsed.per == "tensor" else [m, _ONE if parsed.per == "token" else k // width]
+        scales = _scales(largest(sizes), LARGEST[parsed.dtype])
+    load_scale, is_one = scales.make_loader(), len(scales.get_size()) == 1
+
+    def element(index: Index) -> Any:
+        divisor = load_scale([_ZERO] if is_one else index[:2])
+        return _rounded(quotient(token(index), divisor, tokens), parsed.dtype)
+
+    # In the loops of the maxima.
+    quantized = pointwise(tokens, parsed.dtype, [m, k // width, width], element)
+    return flattened(quantized, [m, k]), scales
+
+
+def _width(scaling: TokenScaling, k: Any) -> Any:
+    """Columns that share a scale; None where they don't divide a row's, which are no loops of equal lengths."""
+    if scaling.per != "group":
+        return k
+    if not isinstance(k, (int, sympy.Integer)) or k % min(scaling.group_size, k) != 0:
+        return None
+    return sympy.Integer(min(scaling.group_size, k))
+
+
+def _scales(magnitudes: Any, largest: float) -> Any:
+    load = magnitudes.make_loader()
+
+    def element(index: Index) -> Any:
+        scale = quotient(load(index), ops.constant(largest, _FLOAT), magnitudes)
+        return ops.maximum(scale, ops.constant(LEAST_SCALE, _FLOAT))
+
+    return pointwise(magnitudes, _FLOAT, magnitudes.get_size(), element)
+
+
+def _given(scale: Any, k: Any) -> Any:
+    """Static scales (1,), copied; or (M, 1)."""
+    load = scale.make_loader()
+    if len(scale.get_size()) == 1:
+        return pointwise(scale, _FLOAT, scale.get_size(), load)
+    # The largest of k equal numbers: where it belongs to a reduction over the row, what computes a row's scale is in
+    # the kernel that quantizes the row. A copy would be a kernel of its own, as it has other sizes.
+    return row_maxima(scale, scale.get_size(), [k], lambda index, column: load(index))
+
+
+def _rounded(y: Any, dtype: torch.dtype) -> Any:
+    """As :func:`compile_moe.quantization.rounding.round_to`."""
+    largest = LARGEST[dtype]
+    y = ops.minimum(ops.maximum(y, ops.constant(-largest, _FLOAT)), ops.constant(largest, _FLOAT))
+    if dtype is torch.int8:
+        y = ops.round(ops.where(ops.isnan(y), ops.constant(0.0, _FLOAT), y))
+    return ops.to_dtype(y, dtype, src_dtype=_FLOAT)
+
+
+def register() -> None:
+    lower(quantize_tokens, _lowering)

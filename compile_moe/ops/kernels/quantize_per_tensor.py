@@ -1,0 +1,180 @@
+"""Quantize tokens with one scale for all, or a given one each.
+
+Without given scales one launch finds the largest magnitudes of parts, and every program of the next one takes the
+largest of these: no atomics, and nothing to initialise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
+from compile_moe.ops.kernels.token_rounding import bits_of_magnitude, quantized, row_strides, scale_of
+
+BLOCK = 2048
+#: Parts of which maxima are found.
+MOST_PARTS = 512
+#: Maxima that every program takes the largest of; of more, the maxima of parts are found first.
+MOST_MAXIMA = 1024
+
+
+def find_maxima(
+    maxima_ptr,  # (programs of both axes,)
+    x_ptr,  # (num_rows, num_columns)
+    num_rows,
+    num_columns,
+    stride_xm,
+    stride_xk,
+    BLOCK: tl.constexpr,
+):
+    """Program (i, j) takes rows i, i + programs of axis 0, … and of these the blocks j, j + programs of axis 1, …"""
+    largest = tl.zeros((BLOCK,), tl.int32)
+    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        row_ptr = x_ptr + tl.cast(row, tl.int64) * stride_xm
+        for first in range(tl.program_id(1) * BLOCK, num_columns, tl.num_programs(1) * BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            x = tl.load(row_ptr + column.to(tl.int64) * stride_xk, mask=column < num_columns, other=0.0)
+            largest = tl.maximum(largest, bits_of_magnitude(x))
+    part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(maxima_ptr + part, tl.max(largest, 0).to(tl.float32, bitcast=True))
+
+
+maxima_of_tokens = triton.jit(find_maxima, do_not_specialize=["num_rows"])
+#: Maxima are a row, whose length depends on the number of tokens.
+maxima_of_maxima = triton.jit(find_maxima, do_not_specialize=["num_columns"])
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_maxima"])
+def quantize_per_tensor_kernel(
+    quantized_ptr,  # (M, K), contiguous
+    scales_ptr,  # (1,) or (M, 1), contiguous
+    x_ptr,  # (M, K)
+    given_ptr,  # maxima (num_maxima,), or scales (1,) or (M, 1)
+    num_rows,  # M
+    num_maxima,
+    num_columns,  # K
+    stride_xm,
+    stride_xk,
+    stride_g,
+    LARGEST: tl.constexpr,
+    GIVEN: tl.constexpr,  # "maxima", "scale" or "scales"
+    MOST_MAXIMA: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = (column < num_columns) & (row < num_rows)
+    x = tl.load(x_ptr + row * stride_xm + column.to(tl.int64) * stride_xk, mask=mask, other=0.0)
+    is_first_block = tl.program_id(1) == 0
+    if GIVEN == "scales":
+        scale = tl.load(given_ptr + row * stride_g)
+        tl.store(scales_ptr + row, scale, mask=is_first_block)
+    else:
+        if GIVEN == "maxima":
+            part = tl.arange(0, MOST_MAXIMA)
+            maxima = tl.load(given_ptr + part * stride_g, mask=part < num_maxima, other=0.0)
+            scale = scale_of(tl.max(bits_of_magnitude(maxima), 0), LARGEST)
+        else:
+            scale = tl.load(given_ptr)
+        tl.store(scales_ptr, scale, mask=is_first_block & (row == 0))
+    y = quantized(x, tl.broadcast_to(scale, (BLOCK,)), quantized_ptr.dtype.element_ty, LARGEST)
+    tl.store(quantized_ptr + row * num_columns + column, y, mask=mask)
+
+
+def launch_for(
+    quantized: Tensor,
+    scales: Tensor,
+    tokens: Tensor,
+    given: Tensor,
+    num_maxima: int | None,
+    largest: float,
+) -> Launch:
+    """``given``: maxima of that number; or scales, if it is None."""
+    m, k = tokens.shape
+    each = num_maxima is None and given.dim() == 2
+    block = min(triton.next_power_of_2(max(1, k)), BLOCK)
+    options = {
+        "LARGEST": largest,
+        "GIVEN": "maxima" if num_maxima is not None else "scales" if each else "scale",
+        "MOST_MAXIMA": MOST_MAXIMA,
+        "BLOCK": block,
+        "num_warps": 4,
+    }
+    stride_g = given.stride(0) if given.size(0) > 1 else 1
+    args = (quantized, scales, tokens, given, m, num_maxima or 0, k, *row_strides(tokens), stride_g)
+    # One scale is written even if there are no tokens.
+    grid = (m if each else max(1, m), max(1, triton.cdiv(k, block)))
+    return Launch(quantize_per_tensor_kernel, grid, args, options)
+
+
+def launch_of_maxima(parts: Tensor, tokens: Tensor) -> Launch:
+    args = (parts, tokens, *tokens.shape, *row_strides(tokens))
+    return Launch(maxima_of_tokens, _grid(tokens), args, {"BLOCK": BLOCK, "num_warps": 8})
+
+
+def launch_of_fewer(parts: Tensor, maxima: Tensor) -> Launch:
+    number = maxima.size(0)
+    args = (parts, maxima, 1, number, 1, maxima.stride(0) if number > 1 else 1)
+    return Launch(maxima_of_maxima, _grid(maxima.unsqueeze(0)), args, {"BLOCK": BLOCK, "num_warps": 8})
+
+
+def _grid(rows: Tensor) -> tuple[int, int]:
+    m, k = rows.shape
+    blocks = max(1, triton.cdiv(k, BLOCK))
+    return min(m, MOST_PARTS), min(blocks, MOST_PARTS // max(1, min(m, MOST_PARTS)))
+
+
+def quantize_per_tensor(
+    quantized: Tensor,
+    scales: Tensor,
+    tokens: Tensor,
+    scale: Tensor | None,
+    maxima: Tensor | None,
+    largest: float,
+) -> None:
+    """Launch into quantized (M, K) and scales, both contiguous, from tokens (M, K).
+
+    Args:
+        scale: (1,) or (M, 1), or None to compute one for all.
+        maxima: magnitudes, any number of them, the largest of which is the tokens'; or None to find them.
+        largest: magnitude of quantized numbers.
+    """
+    if scale is not None:
+        launch(_plan_given, quantized, scales, tokens, scale, largest)
+        return
+    found_in = tokens if maxima is None else maxima.unsqueeze(0)
+    rows, blocks = _grid(found_in)
+    parts = scales.new_empty(rows * blocks)
+    launch(_plan, quantized, scales, tokens, maxima, parts, largest)
+
+
+def _plan_given(*arguments: Any) -> Plan:
+    quantized, scales, tokens, scale, largest = arguments
+    only = launch_for(quantized, scales, tokens, scale, None, largest)
+    return Plan(_key(only), (only,), lambda: (only,))
+
+
+def _plan(
+    quantized: Tensor, scales: Tensor, tokens: Tensor, maxima: Tensor | None, parts: Tensor, largest: float
+) -> Plan:
+    if maxima is None:
+        before = launch_of_maxima(parts, tokens)
+    else:
+        before = launch_of_fewer(parts, maxima)
+    if maxima is None or maxima.size(0) > MOST_MAXIMA:
+        last = launch_for(quantized, scales, tokens, parts, parts.size(0), largest)
+        launches: tuple[Launch, ...] = before, last
+    else:
+        last = launch_for(quantized, scales, tokens, maxima, maxima.size(0), largest)
+        launches = (last,)
+    key = (*_key(last), maxima is None, before.args[4:], *map(pointer_key, before.args[:2]))
+    return Plan(key, launches, lambda: (before, last))
+
+
+def _key(launch: Launch) -> tuple[Any, ...]:
+    constants = launch.options["LARGEST"], launch.options["GIVEN"]
+    return ("quantize_per_tensor", constants, launch.args[6:], *map(pointer_key, launch.args[:4]))

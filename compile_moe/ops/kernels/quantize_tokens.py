@@ -1,0 +1,96 @@
+"""Quantize tokens with a scale for each token, or each group of its columns: one launch that reads them once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
+from compile_moe.ops.kernels.token_rounding import bits_of_magnitude, quantized, row_strides, scale_of
+
+#: Elements that a program holds; a share of more is read twice.
+MOST_HELD = 8192
+#: Elements that a program takes at least, if shares are small.
+FEW = 2048
+
+
+@triton.jit
+def quantize_tokens_kernel(
+    quantized_ptr,  # (M, K), contiguous
+    scales_ptr,  # (M, num_shares), contiguous
+    x_ptr,  # (M, K)
+    num_columns,  # K
+    width,  # columns that share a scale
+    num_shares,
+    stride_xm,
+    stride_xk,
+    LARGEST: tl.constexpr,
+    SHARES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HELD: tl.constexpr,  # whether BLOCK holds a share
+):
+    row = tl.program_id(0).to(tl.int64)
+    share = tl.program_id(1) * SHARES + tl.arange(0, SHARES)
+    lane = tl.arange(0, BLOCK)[None, :]
+    column = (share * width)[:, None] + lane
+    dtype: tl.constexpr = quantized_ptr.dtype.element_ty
+    x_ptr += row * stride_xm
+    quantized_ptr += row * num_columns
+    if HELD:
+        mask = (lane < width) & (column < num_columns)
+        x = tl.load(x_ptr + column.to(tl.int64) * stride_xk, mask=mask, other=0.0)
+        bits = tl.max(bits_of_magnitude(x), 1)
+    else:
+        largest = tl.zeros((SHARES, BLOCK), tl.int32)
+        for first in range(0, width, BLOCK):
+            here = column + first
+            mask = (lane + first < width) & (here < num_columns)
+            x = tl.load(x_ptr + here.to(tl.int64) * stride_xk, mask=mask, other=0.0)
+            largest = tl.maximum(largest, bits_of_magnitude(x))
+        bits = tl.max(largest, 1)
+    scale = scale_of(bits, LARGEST)
+    tl.store(scales_ptr + row * num_shares + share, scale, mask=share < num_shares)
+    scale = tl.broadcast_to(scale[:, None], (SHARES, BLOCK))
+    if HELD:
+        tl.store(quantized_ptr + column, quantized(x, scale, dtype, LARGEST), mask=mask)
+    else:
+        for first in range(0, width, BLOCK):
+            here = column + first
+            mask = (lane + first < width) & (here < num_columns)
+            x = tl.load(x_ptr + here.to(tl.int64) * stride_xk, mask=mask, other=0.0)
+            tl.store(quantized_ptr + here, quantized(x, scale, dtype, LARGEST), mask=mask)
+
+
+def launch_for(quantized: Tensor, scales: Tensor, tokens: Tensor, width: int, largest: float) -> Launch:
+    m, k = tokens.shape
+    width = max(1, min(width, k))
+    num_shares = scales.size(1)
+    block = min(triton.next_power_of_2(width), MOST_HELD)
+    shares = min(triton.next_power_of_2(max(1, num_shares)), max(1, FEW // block))
+    options = {
+        "LARGEST": largest,
+        "SHARES": shares,
+        "BLOCK": block,
+        "HELD": width <= block,
+        "num_warps": 8 if shares * block > FEW else 4,
+    }
+    args = (quantized, scales, tokens, k, width, num_shares, *row_strides(tokens))
+    return Launch(quantize_tokens_kernel, (m, triton.cdiv(num_shares, shares)), args, options)
+
+
+def quantize_tokens(quantized: Tensor, scales: Tensor, tokens: Tensor, width: int, largest: float) -> None:
+    """Launch into quantized (M, K) and scales (M, ceil(K / width)), both contiguous, from tokens (M, K).
+
+    Args:
+        largest: magnitude of quantized numbers.
+    """
+    launch(_plan, quantized, scales, tokens, width, largest)
+
+
+def _plan(*arguments: Any) -> Plan:
+    only = launch_for(*arguments)
+    key = ("quantize_tokens", only.options["LARGEST"], only.args[3:], *map(pointer_key, only.args[:3]))
+    return Plan(key, (only,), lambda: (only,))
