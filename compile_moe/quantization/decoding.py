@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def to_float32(scales):
+def to_float32(scales: Any) -> Any:
     return scales.to(tl.float32)
 
 
 @triton.jit
-def unsigned_to_float32(codes, BIAS: tl.constexpr):
+def unsigned_to_float32(codes: Any, BIAS: tl.constexpr) -> Any:
     """``codes - BIAS`` of small unsigned integers, exactly."""
     # As the last bits of a float32 from 2^23 on: the units that convert integers are few.
     return (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + BIAS)

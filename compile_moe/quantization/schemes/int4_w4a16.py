@@ -6,6 +6,7 @@ Formulas: :mod:`compile_moe.quantization.integer_groups`, with 4 bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -18,12 +19,11 @@ from compile_moe.quantization.nibbles import pack_nibbles, unpack_nibbles
 from compile_moe.quantization.parameters import check_size
 from compile_moe.quantization.scheme import QuantizedWeights, Scheme, register
 
-
 _BIAS = tl.constexpr(8)
 
 
 @triton.jit
-def decode(codes):
+def decode(codes: Any) -> Any:
     return unsigned_to_float32(codes, _BIAS)
 
 

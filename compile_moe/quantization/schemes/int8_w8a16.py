@@ -6,6 +6,7 @@ Formulas: :mod:`compile_moe.quantization.integer_groups`, with 8 bits; a row is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -17,12 +18,11 @@ from compile_moe.quantization.integer_groups import dequantize_groups, quantize_
 from compile_moe.quantization.parameters import check_size
 from compile_moe.quantization.scheme import QuantizedWeights, Scheme, register
 
-
 _BIAS = tl.constexpr(128)
 
 
 @triton.jit
-def decode(codes):
+def decode(codes: Any) -> Any:
     return unsigned_to_float32(codes, _BIAS)
 
 

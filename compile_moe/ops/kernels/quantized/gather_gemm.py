@@ -227,7 +227,9 @@ def quantized_gather_gemm(
 
 def _plan(*arguments: Any) -> Plan:
     """Arguments: those of :func:`launch_for` behind the tile."""
-    out, x, _, w1, _, w1_zp, _, _, topk, weight_format, bias, body, layout, zero_skipped, precision = arguments
+    out, x, _, w1, _, w1_zp, _, _, topk, weight_format, bias, body, layout, zero_skipped, precision = (
+        arguments
+    )
     candidates = candidates_for(x, w1, out, weight_format, layout != "ungated")
     # The arguments that code depends on are those of every tile.
     like = launch_for(candidates[0], *arguments)

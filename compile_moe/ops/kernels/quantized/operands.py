@@ -11,7 +11,9 @@ from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
 from compile_moe.ops.kernels.tiles import Tile, row_stride
 
 
-def strides(x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor, w_zp: Tensor | None) -> tuple[int, ...]:
+def strides(
+    x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor, w_zp: Tensor | None
+) -> tuple[int, ...]:
     """Of x, its scales, the weights, their scales and zero points; 0 along what is shared or absent."""
     return (
         row_stride(x),
@@ -49,7 +51,9 @@ def constants(
     }
 
 
-_SMALLEST_STEP = 32  # what a tensor core multiplies at once of 8-bit numbers, and of both halves of packed ones
+_SMALLEST_STEP = (
+    32  # what a tensor core multiplies at once of 8-bit numbers, and of both halves of packed ones
+)
 
 
 def steps_of(block_k: int, weight_format: WeightFormat) -> tuple[int, bool]:

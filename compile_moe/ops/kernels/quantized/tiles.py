@@ -38,12 +38,18 @@ def tile_candidates(
             tile = Tile(min(block_m, 64), 64, 32, 2, 4 if block_m <= 32 else 8)
         elif block_m <= 32:
             tile = Tile(block_m, 64, 128, 4, 4)
-        elif block_m == 64:
-            tile = Tile(block_m, 128, 128 if x_size == 1 else 64, 4, 8)
-        else:
+        elif block_m == 64 or (weight_format.scales_sums and weight_format.group):
+            # Sums of a group beside those of all groups, and the tokens' scales, fill the registers early.
+            tile = Tile(64, 128, 128 if x_size == 1 else 64, 4, 8)
+        elif weight_format.scales_sums or limits.async_mma:
             tile = Tile(block_m, 128, 128 if x_size == 1 else 64, 3, 8)
+        else:
+            # Tensor cores that take both operands from registers, one of them just dequantized.
+            tile = Tile(block_m, 128, 32, 4, 8)
         tile = tile._replace(block_k=steps_of(tile.block_k, weight_format)[0])
-        while shared_memory(tile, x_size, w_size, weight_format) > limits.shared_memory and tile.num_stages > 2:
+        while (
+            shared_memory(tile, x_size, w_size, weight_format) > limits.shared_memory and tile.num_stages > 2
+        ):
             tile = tile._replace(num_stages=tile.num_stages - 1)
         width = tile.block_n // 2 if gated else tile.block_n
         # Narrow matrices: no tile wider than the next power of two of the columns.

@@ -27,7 +27,7 @@ class WeightFormat(NamedTuple):
 
     @property
     def scales_sums(self) -> bool:
-        """Whether scales multiply sums of products: tokens have scales, too, and both operands are multiplied as stored."""
+        """Whether scales multiply sums of products: tokens have some, too, and both are multiplied as stored."""
         return self.decode is None
 
 
