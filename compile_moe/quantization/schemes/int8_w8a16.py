@@ -6,7 +6,6 @@ Formulas: :mod:`compile_moe.quantization.integer_groups`, with 8 bits; a row is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -22,7 +21,7 @@ _BIAS = tl.constexpr(128)
 
 
 @triton.jit
-def decode(codes: Any) -> Any:
+def decode(codes: tl.tensor) -> tl.tensor:
     return unsigned_to_float32(codes, _BIAS)
 
 

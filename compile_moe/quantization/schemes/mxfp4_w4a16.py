@@ -11,7 +11,6 @@ A group with an infinity or a NaN has scale 255, which is NaN.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -27,7 +26,7 @@ _NAN = 255
 
 
 @triton.jit
-def decode(codes: Any) -> Any:
+def decode(codes: tl.tensor) -> tl.tensor:
     codes = codes.to(tl.int32)
     # Exponent and mantissa where float32 has them, with the bias of float32 for that of e2m1.
     bits = ((codes & 7) << 22) | ((codes & 8) << 28)
@@ -35,7 +34,7 @@ def decode(codes: Any) -> Any:
 
 
 @triton.jit
-def decode_scale(scales: Any) -> Any:
+def decode_scale(scales: tl.tensor) -> tl.tensor:
     scales = scales.to(tl.int32)
     # 2^-127 is a denormal, and what would be infinity is NaN.
     bits = tl.where(scales == 0, 1 << 22, tl.where(scales == 255, 0x7FC00000, scales << 23))
