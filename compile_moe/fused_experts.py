@@ -56,7 +56,7 @@ def fused_experts(
         expert_map: (global_num_experts,) int32 or int64, global to local ids, -1 where not local.
         apply_router_weight_on_input: weight the input instead of the outputs; topk must be 1.
         quant_config: a :class:`compile_moe.FusedMoEQuantConfig` with the scales of w1 and w2, which then have the
-            scheme's layouts; on CPUs only. None for an unquantized layer.
+            scheme's layouts. None for an unquantized layer.
         w1_bias: (E, N), w2_bias: (E, K), or None.
 
     Returns:

@@ -8,6 +8,7 @@ from torch import Tensor
 from compile_moe.activations import ActivationLike
 from compile_moe.fused_experts import fused_experts
 from compile_moe.ops.registry import loading_everything
+from compile_moe.quant_config import FusedMoEQuantConfig
 
 
 def warm_up(
@@ -21,6 +22,8 @@ def warm_up(
     expert_map: Tensor | None = None,
     ids_dtype: torch.dtype = torch.int64,
     weights_dtype: torch.dtype = torch.float32,
+    quant_config: FusedMoEQuantConfig | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Compile and load every kernel that a layer with these weights can launch, for any number of tokens.
 
@@ -28,11 +31,14 @@ def warm_up(
     as many tokens, before capturing.
 
     Args:
-        w1, w2, w1_bias, w2_bias, activation, expert_map: as for :func:`compile_moe.fused_experts`.
+        w1, w2, w1_bias, w2_bias, activation, expert_map, quant_config: as for :func:`compile_moe.fused_experts`.
         topk: experts per token.
         ids_dtype, weights_dtype: dtypes of the router's topk_ids and topk_weights.
+        dtype: of the tokens; None for that of w1, or bfloat16 if that is quantized.
     """
-    hidden_states = w1.new_zeros((2, w1.size(2)))
+    if dtype is None:
+        dtype = w1.dtype if quant_config is None else torch.bfloat16
+    hidden_states = w1.new_zeros((2, w2.size(1)), dtype=dtype)
     topk_ids = torch.zeros((2, topk), dtype=ids_dtype, device=w1.device)
     topk_weights = torch.zeros((2, topk), dtype=weights_dtype, device=w1.device)
     with torch.no_grad(), loading_everything():
@@ -46,4 +52,5 @@ def warm_up(
             expert_map=expert_map,
             w1_bias=w1_bias,
             w2_bias=w2_bias,
+            quant_config=quant_config,
         )

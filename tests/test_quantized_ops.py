@@ -10,9 +10,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from compile_moe.ops import registry
 from compile_moe.ops.sort_tokens import sort_tokens_torch
 from compile_moe.quantization import parse_scaling
+from tests.support.launchers import launch
 from tests.support.oracle import CASES, make_layer
 from tests.support.quantized import VARIANTS, make_quantized
 from tests.support.quantized_inputs import STAGES, op, opcheck, stage_inputs
@@ -159,13 +159,11 @@ def test_what_shares_a_scale_with_no_number_is_nan(scaling: str, value: float) -
     torch.testing.assert_close(back[~affected], x[~affected])
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "quantize_tokens"])
-def test_cuda_is_refused(stage: str) -> None:
-    """What CUDA dispatches to, called by hand: the checks, then the refusal."""
-    arguments = stage_inputs(make_quantized(VARIANTS["fp8_w8a8_channel"]))[stage]
-    implementation = registry._cuda_implementations[op(stage)].__wrapped__  # type: ignore[attr-defined]
-    with pytest.raises(NotImplementedError, match=rf"compile_moe::{stage} has no CUDA .*dequantize_weights"):
-        implementation(*arguments)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_grouped_linear_on_cuda_is_the_same_pytorch(variant: str) -> None:
+    arguments = stage_inputs(make_quantized(VARIANTS[variant], biased=True))["quantized_grouped_linear"]
+    launched = launch(torch.ops.compile_moe.quantized_grouped_linear.default, *arguments)
+    assert torch.equal(launched, op("quantized_grouped_linear")(*arguments))
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -83,8 +83,7 @@ def _quantized_scatter(
 class TorchExperts(BuiltInExperts):
     """Gather, one GEMM an expert, activation, one GEMM an expert, scatter, each in plain PyTorch.
 
-    The per-expert loop reads the token counts on the host: on CUDA it synchronizes and can't be captured. The ops of
-    quantized layers run on CPUs only.
+    The per-expert loop reads the token counts on the host: on CUDA it synchronizes and can't be captured.
     """
 
     def compute(

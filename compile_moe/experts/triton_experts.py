@@ -19,7 +19,7 @@ class TritonExperts(BuiltInExperts):
     """Token sort, GEMM 1 with the activation in its epilogue, GEMM 2.
 
     An activation that is no function of one gate and one up element, and an overridden ``activation`` method, run
-    between the GEMMs instead of in the epilogue. The ops of quantized layers have no CUDA kernels yet.
+    between the GEMMs instead of in the epilogue.
     """
 
     def compute(

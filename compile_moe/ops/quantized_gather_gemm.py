@@ -23,14 +23,15 @@ from torch import Tensor
 
 from compile_moe.ops.act_and_mul import check_columns
 from compile_moe.ops.epilogue import parse
+from compile_moe.ops.kernels.quantized import gather_gemm as kernels
 from compile_moe.ops.problem_size import check_device, check_sorted
+from compile_moe.ops.quantized_format import check_capability, weight_format
 from compile_moe.ops.quantized_grouped_linear import quantized_grouped_linear_torch
 from compile_moe.ops.quantized_operands import (
     check_compute_dtype,
     check_output_bias,
     check_quantized_weight,
     check_tokens,
-    no_cuda_kernel,
 )
 from compile_moe.ops.registry import OutputSpec, define_op
 from compile_moe.quantization import parse_scheme
@@ -110,6 +111,42 @@ def _torch(
     return out.to(out_dtype).contiguous()
 
 
+def _launch(
+    outputs: tuple[Tensor],
+    hidden_states: Tensor,
+    hidden_states_scale: Tensor | None,
+    w1: Tensor,
+    w1_scale: Tensor,
+    w1_zp: Tensor | None,
+    sorted_slots: Tensor,
+    expert_offsets: Tensor,
+    topk: int,
+    scheme: str,
+    out_dtype: torch.dtype,
+    bias: Tensor | None = None,
+    epilogue: str = "",
+    zero_skipped: bool = False,
+) -> None:
+    check_capability("quantized_gather_gemm", w1, scheme)
+    program = parse(epilogue) if epilogue else None
+    kernels.quantized_gather_gemm(
+        outputs[0],
+        hidden_states,
+        hidden_states_scale,
+        w1,
+        w1_scale,
+        w1_zp,
+        sorted_slots,
+        expert_offsets,
+        topk,
+        weight_format(scheme),
+        bias,
+        program.triton_source() if program else "",
+        program.layout if program else "ungated",
+        zero_skipped,
+    )
+
+
 quantized_gather_gemm = define_op(
     "quantized_gather_gemm",
     "Tensor hidden_states, Tensor? hidden_states_scale, Tensor w1, Tensor w1_scale, Tensor? w1_zp, "
@@ -119,5 +156,5 @@ quantized_gather_gemm = define_op(
     check=_check,
     outputs=_outputs,
     torch_impl=_torch,
-    launch=no_cuda_kernel("quantized_gather_gemm"),
+    launch=_launch,
 )

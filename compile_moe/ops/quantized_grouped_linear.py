@@ -27,7 +27,6 @@ from compile_moe.ops.quantized_operands import (
     check_output_bias,
     check_quantized_weight,
     check_tokens,
-    no_cuda_kernel,
 )
 from compile_moe.ops.registry import OutputSpec, define_op
 from compile_moe.quantization import parse_scheme
@@ -123,6 +122,25 @@ def _torch(
     ).to(out_dtype)
 
 
+def _launch(
+    outputs: tuple[Tensor],
+    rows: Tensor,
+    rows_scale: Tensor | None,
+    w: Tensor,
+    w_scale: Tensor,
+    w_zp: Tensor | None,
+    expert_offsets: Tensor,
+    scheme: str,
+    out_dtype: torch.dtype,
+    bias: Tensor | None = None,
+) -> None:
+    outputs[0].copy_(
+        quantized_grouped_linear_torch(
+            rows, rows_scale, w, w_scale, w_zp, expert_offsets, scheme, out_dtype, bias
+        )
+    )
+
+
 quantized_grouped_linear = define_op(
     "quantized_grouped_linear",
     "Tensor rows, Tensor? rows_scale, Tensor w, Tensor w_scale, Tensor? w_zp, Tensor expert_offsets, str scheme, "
@@ -131,5 +149,5 @@ quantized_grouped_linear = define_op(
     check=_check,
     outputs=_outputs,
     torch_impl=_torch,
-    launch=no_cuda_kernel("quantized_grouped_linear"),
+    launch=_launch,
 )

@@ -1,9 +1,6 @@
-"""Checks of quantized operands, and the refusal of devices that have no kernels for them."""
+"""Checks of quantized operands."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,18 +15,6 @@ from compile_moe.ops.problem_size import (
     shape,
 )
 from compile_moe.quantization import Scheme, TokenScaling
-
-
-def no_cuda_kernel(name: str) -> Callable[..., Any]:
-    """The launcher of an op that has none."""
-
-    def launch(*args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"compile_moe::{name} has no CUDA kernel: this version runs quantized layers on CPUs only. Dequantize the "
-            "weights once with compile_moe.dequantize_weights, and pass them without quant_config or scales"
-        )
-
-    return launch
 
 
 def check_compute_dtype(out_dtype: torch.dtype, reference: Tensor) -> None:

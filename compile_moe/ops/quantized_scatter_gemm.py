@@ -21,14 +21,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compile_moe.ops.kernels.quantized import scatter_gemm as kernels
 from compile_moe.ops.problem_size import check_device, check_sorted, require, shape
+from compile_moe.ops.quantized_format import check_capability, weight_format
 from compile_moe.ops.quantized_grouped_linear import quantized_grouped_linear_torch
 from compile_moe.ops.quantized_operands import (
     check_compute_dtype,
     check_output_bias,
     check_quantized_weight,
     check_tokens,
-    no_cuda_kernel,
 )
 from compile_moe.ops.registry import OutputSpec, define_op
 from compile_moe.quantization import parse_scheme
@@ -103,6 +104,38 @@ def _torch(
     return out.view(num_tokens, topk, w2.size(1))
 
 
+def _launch(
+    outputs: tuple[Tensor],
+    intermediate: Tensor,
+    intermediate_scale: Tensor | None,
+    w2: Tensor,
+    w2_scale: Tensor,
+    w2_zp: Tensor | None,
+    sorted_slots: Tensor,
+    expert_offsets: Tensor,
+    num_tokens: int,
+    topk: int,
+    scheme: str,
+    out_dtype: torch.dtype,
+    bias: Tensor | None = None,
+    zero_skipped: bool = False,
+) -> None:
+    check_capability("quantized_scatter_gemm", w2, scheme)
+    kernels.quantized_scatter_gemm(
+        outputs[0].view(-1, w2.size(1)),
+        intermediate,
+        intermediate_scale,
+        w2,
+        w2_scale,
+        w2_zp,
+        sorted_slots,
+        expert_offsets,
+        weight_format(scheme),
+        bias,
+        zero_skipped,
+    )
+
+
 quantized_scatter_gemm = define_op(
     "quantized_scatter_gemm",
     "Tensor intermediate, Tensor? intermediate_scale, Tensor w2, Tensor w2_scale, Tensor? w2_zp, "
@@ -112,5 +145,5 @@ quantized_scatter_gemm = define_op(
     check=_check,
     outputs=_outputs,
     torch_impl=_torch,
-    launch=no_cuda_kernel("quantized_scatter_gemm"),
+    launch=_launch,
 )

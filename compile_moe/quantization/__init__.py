@@ -1,7 +1,8 @@
 """Quantization schemes: formats of weights and of the tokens they meet, one file a scheme in ``schemes/``.
 
-Plain PyTorch that imports nothing of this package, below the ops: these describe shapes and dtypes, quantize,
-and dequantize. A file in ``schemes/`` that registers a class is all that a scheme needs.
+Below the ops, importing nothing else of this package: these describe shapes and dtypes, quantize and dequantize in
+plain PyTorch, and name the Triton functions by which the kernels dequantize. A file in ``schemes/`` that registers a
+class is all that a scheme needs.
 """
 
 import importlib

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from compile_moe.quantization.decoding import to_float32
 from compile_moe.quantization.token_scaling import TokenScaling
 
 
@@ -45,6 +46,11 @@ class Scheme(ABC):
     scale_layout: ClassVar[str]
     #: Accepted dtypes of the scales; None accepts the activations' dtype and float32.
     scale_dtype: ClassVar[torch.dtype | None] = torch.float32
+    #: Triton function from stored numbers (uint8: a byte each, or a nibble) to float32, before zero point and scale,
+    #: for zero points, too; None where tokens are quantized, and multiplied by the weights as both are stored.
+    decode: ClassVar[Any] = None
+    #: Triton function from stored scales to float32.
+    decode_scale: ClassVar[Any] = to_float32
 
     @property
     def text(self) -> str:
@@ -54,6 +60,13 @@ class Scheme(ABC):
     def token_scaling(self) -> TokenScaling | None:
         """How tokens are quantized; None leaves them in their dtype."""
         return None
+
+    @property
+    def scale_block(self) -> tuple[int, int | None]:
+        """Rows and columns that share a scale and a zero point; None for all columns. Any number of rows may share a
+        scale whose shape has no rows.
+        """
+        return 1, None
 
     @property
     def column_multiple(self) -> int:

@@ -80,6 +80,8 @@ def repair_floats(shipped: Any) -> None:
         a_data, b_data = (
             h.data.astype(np.float32) if h.dtype.scalar == tl.float16 else widen(h).data for h in (a, b)
         )
+        if np.issubdtype(a_data.dtype, np.integer):
+            a_data, b_data = a_data.astype(acc.data.dtype), b_data.astype(acc.data.dtype)
         product = np.matmul(a_data, b_data).astype(acc.data.dtype)
         return shipped.TensorHandle(product + acc.data, acc.dtype.scalar)
 

@@ -37,6 +37,10 @@ class Fp8Block(Scheme):
     def token_scaling(self) -> TokenScaling:
         return TokenScaling(self.weight_dtype, "group", self.block_shape[1])
 
+    @property
+    def scale_block(self) -> tuple[int, int | None]:
+        return self.block_shape
+
     def scale_shape(self, num_experts: int, n: int, k: int) -> tuple[int, ...]:
         block_n, block_k = self.block_shape
         return num_experts, -(-n // block_n), -(-k // block_k)

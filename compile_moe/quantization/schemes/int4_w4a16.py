@@ -8,12 +8,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from compile_moe.quantization.decoding import unsigned_to_float32
 from compile_moe.quantization.integer_groups import dequantize_groups, quantize_groups
 from compile_moe.quantization.nibbles import pack_nibbles, unpack_nibbles
 from compile_moe.quantization.parameters import check_size
 from compile_moe.quantization.scheme import QuantizedWeights, Scheme, register
+
+_BIAS = tl.constexpr(8)
+
+
+@triton.jit
+def decode(codes: tl.tensor) -> tl.tensor:
+    return unsigned_to_float32(codes, _BIAS)
 
 
 @register
@@ -29,11 +39,16 @@ class Int4Weights(Scheme):
     packed_zero_points = 2
     scale_layout = "(E, N, K / group_size)"
     scale_dtype = None
+    decode = decode
 
     group_size: int = 128
 
     def __post_init__(self) -> None:
         check_size(self.name, "group_size", self.group_size, multiple=2)
+
+    @property
+    def scale_block(self) -> tuple[int, int | None]:
+        return 1, self.group_size
 
     @property
     def column_multiple(self) -> int:

@@ -8,11 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from compile_moe.quantization.decoding import unsigned_to_float32
 from compile_moe.quantization.integer_groups import dequantize_groups, quantize_groups
 from compile_moe.quantization.parameters import check_size
 from compile_moe.quantization.scheme import QuantizedWeights, Scheme, register
+
+_BIAS = tl.constexpr(128)
+
+
+@triton.jit
+def decode(codes: tl.tensor) -> tl.tensor:
+    return unsigned_to_float32(codes, _BIAS)
 
 
 @register
@@ -24,12 +34,17 @@ class Int8Weights(Scheme):
     weight_dtype = torch.uint8
     scale_layout = "(E, N), or (E, N, K / group_size)"
     scale_dtype = None
+    decode = decode
 
     group_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.group_size is not None:
             check_size(self.name, "group_size", self.group_size)
+
+    @property
+    def scale_block(self) -> tuple[int, int | None]:
+        return 1, self.group_size
 
     @property
     def column_multiple(self) -> int:

@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from compile_moe.quantization.nibbles import pack_nibbles, unpack_nibbles
@@ -21,6 +23,22 @@ from compile_moe.quantization.scheme import QuantizedWeights, Scheme, register
 _GROUP = 32
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _NAN = 255
+
+
+@triton.jit
+def decode(codes: tl.tensor) -> tl.tensor:
+    codes = codes.to(tl.int32)
+    # Exponent and mantissa where float32 has them, with the bias of float32 for that of e2m1.
+    bits = ((codes & 7) << 22) | ((codes & 8) << 28)
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
+
+
+@triton.jit
+def decode_scale(scales: tl.tensor) -> tl.tensor:
+    scales = scales.to(tl.int32)
+    # 2^-127 is a denormal, and what would be infinity is NaN.
+    bits = tl.where(scales == 0, 1 << 22, tl.where(scales == 255, 0x7FC00000, scales << 23))
+    return bits.to(tl.float32, bitcast=True)
 
 
 @register
@@ -33,6 +51,12 @@ class Mxfp4(Scheme):
     packed = 2
     scale_layout = "(E, N, K / 32)"
     scale_dtype = torch.uint8
+    decode = decode
+    decode_scale = decode_scale
+
+    @property
+    def scale_block(self) -> tuple[int, int | None]:
+        return 1, _GROUP
 
     @property
     def column_multiple(self) -> int:

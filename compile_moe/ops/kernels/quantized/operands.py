@@ -1,0 +1,73 @@
+"""Quantized operands as the kernels take them: strides, and constants of the scheme."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from compile_moe.ops.kernels.precision import Precision
+from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
+from compile_moe.ops.kernels.tiles import Tile, row_stride
+
+
+def strides(
+    x: Tensor, x_scale: Tensor | None, w: Tensor, w_scale: Tensor, w_zp: Tensor | None
+) -> tuple[int, ...]:
+    """Of x, its scales, the weights, their scales and zero points; 0 along what is shared or absent."""
+    return (
+        row_stride(x),
+        x.stride(1),
+        *_scale_strides(x_scale, 2),
+        *w.stride(),
+        *_scale_strides(w_scale, 3),
+        *_scale_strides(w_zp, 3),
+    )
+
+
+def _scale_strides(scale: Tensor | None, dimensions: int) -> tuple[int, ...]:
+    if scale is None:
+        return (0,) * dimensions
+    shared = [stride if size > 1 else 0 for size, stride in zip(scale.shape, scale.stride(), strict=True)]
+    return *shared, *[0] * (dimensions - len(shared))
+
+
+def constants(
+    weight_format: WeightFormat, has_zero: bool, tile: Tile, depth: int, precision: Precision
+) -> dict[str, Any]:
+    """Compile-time arguments of ``multiply``."""
+    block_k, aligned = steps_of(tile.block_k, weight_format)
+    return {
+        "SCALES_SUMS": weight_format.scales_sums,
+        "HAS_ZERO": has_zero,
+        "PACKED": weight_format.packed,
+        "PACKED_ZEROS": weight_format.packed_zeros,
+        "ROWS": weight_format.rows,
+        "GROUP": weight_format.group,
+        "ALIGNED": aligned,
+        "PRECISION": precision,
+        "BLOCK_K": block_k,
+        "EVEN_K": aligned and depth % block_k == 0,
+    }
+
+
+_SMALLEST_STEP = (
+    32  # what a tensor core multiplies at once of 8-bit numbers, and of both halves of packed ones
+)
+
+
+def steps_of(block_k: int, weight_format: WeightFormat) -> tuple[int, bool]:
+    """The depth of a step of at most ``block_k``, and whether steps and groups are multiples of one another."""
+    group = weight_format.group
+    if not group:
+        return block_k, True
+    divisor = group & -group
+    if divisor >= _SMALLEST_STEP:
+        fitting = min(block_k, divisor)
+        # Several groups a step, where scales multiply weights and not sums.
+        return (block_k if divisor == group and not weight_format.scales_sums else fitting), True
+    if divisor == group and not weight_format.scales_sums:
+        return block_k, True
+    while block_k > _SMALLEST_STEP and block_k // 2 >= group:
+        block_k //= 2
+    return block_k, False

@@ -1,0 +1,213 @@
+"""GEMM 2 on quantized weights: rows in expert order, each stored at its slot.
+
+The weights are the left operand, which tensor cores take from registers, where they are dequantized.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
+from compile_moe.ops.kernels.precision import Precision, dot_precision
+from compile_moe.ops.kernels.quantized import operands
+from compile_moe.ops.kernels.quantized.multiply import multiply, with_format
+from compile_moe.ops.kernels.quantized.tiles import candidates_for
+from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
+from compile_moe.ops.kernels.tiles import Tile, choose_tile, grouped_order, locate_tile, max_row_tiles
+
+DO_NOT_SPECIALIZE = ("num_slots", "num_row_tiles")
+_NUM_POINTERS, _NUM_BEFORE_SIZES = 9, 11
+
+
+def quantized_scatter_gemm_kernel(
+    out_ptr,  # (S, num_columns), contiguous, in slot order
+    x_ptr,  # (S, I), in expert order
+    x_scale_ptr,  # (S or 1, groups or 1)
+    w_ptr,  # (E, K, I / packed)
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,  # (E, K)
+    sorted_slots_ptr,  # (S,)
+    expert_offsets_ptr,  # (E + 1,)
+    num_slots,
+    num_row_tiles,
+    num_experts,
+    num_columns,  # K
+    depth,  # I
+    stride_xm,
+    stride_xk,
+    stride_xsm,
+    stride_xsk,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    stride_se,
+    stride_sn,
+    stride_sk,
+    stride_ze,
+    stride_zn,
+    stride_zk,
+    stride_be,
+    stride_bn,
+    HAS_BIAS: tl.constexpr,
+    ZERO_SKIPPED: tl.constexpr,
+    E_POW2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SCALES_SUMS: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    PACKED: tl.constexpr,
+    PACKED_ZEROS: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    tile_m, tile_n = grouped_order(tl.program_id(0), num_row_tiles, tl.cdiv(num_columns, BLOCK_N), GROUP_M)
+    expert, first_row, end_row = locate_tile(
+        expert_offsets_ptr, tile_m, num_slots, num_experts, E_POW2, BLOCK_M, ZERO_SKIPPED
+    )
+    if expert > num_experts:
+        return
+    row = first_row + tl.arange(0, BLOCK_M)
+    row_mask = row < end_row
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    slot = tl.load(sorted_slots_ptr + row, mask=row_mask, other=0)
+    store_mask = row_mask & (slot >= 0) & (slot < num_slots)
+    out_ptrs = out_ptr + slot.to(tl.int64)[:, None] * num_columns + column[None, :]
+    out_mask = store_mask[:, None] & (column < num_columns)[None, :]
+    if ZERO_SKIPPED:
+        if expert == num_experts:
+            tl.store(out_ptrs, tl.zeros((BLOCK_M, BLOCK_N), dtype=out_ptr.dtype.element_ty), mask=out_mask)
+            return
+
+    # Columns behind the last one read that, and are not stored.
+    w_row = column if EVEN_N else tl.minimum(column, num_columns - 1)
+    acc = multiply(
+        x_ptr, x_scale_ptr, w_ptr, scale_ptr, zero_ptr,
+        expert, w_row, tl.where(row_mask, row, 0), row_mask, depth,
+        stride_xm, stride_xk, stride_xsm, stride_xsk, stride_we, stride_wn, stride_wk,
+        stride_se, stride_sn, stride_sk, stride_ze, stride_zn, stride_zk,
+        SCALES_SUMS, HAS_ZERO, PACKED, PACKED_ZEROS, ROWS, GROUP, ALIGNED, PRECISION, BLOCK_K, EVEN_K,
+    )  # fmt: skip
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + expert.to(tl.int64) * stride_be + w_row * stride_bn)
+        acc += bias.to(tl.float32)[:, None]
+    tl.store(out_ptrs, tl.trans(acc).to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
+def launch_for(
+    tile: Tile,
+    out: Tensor,
+    intermediate: Tensor,
+    intermediate_scale: Tensor | None,
+    w2: Tensor,
+    w2_scale: Tensor,
+    w2_zp: Tensor | None,
+    sorted_slots: Tensor,
+    expert_offsets: Tensor,
+    weight_format: WeightFormat,
+    bias: Tensor | None,
+    zero_skipped: bool,
+    precision: Precision,
+) -> Launch:
+    """The launch of the kernel with one tile."""
+    num_slots, num_columns = out.shape
+    num_experts, depth = w2.size(0), intermediate.size(1)
+    num_row_tiles = max_row_tiles(num_slots, num_experts + zero_skipped, tile.block_m)
+    args = (
+        out,
+        intermediate,
+        w2 if intermediate_scale is None else intermediate_scale,
+        w2,
+        w2_scale,
+        w2 if w2_zp is None else w2_zp,
+        w2 if bias is None else bias,
+        sorted_slots,
+        expert_offsets,
+        num_slots,
+        num_row_tiles,
+        num_experts,
+        num_columns,
+        depth,
+        *operands.strides(intermediate, intermediate_scale, w2, w2_scale, w2_zp),
+        *((0, 0) if bias is None else bias.stride()),
+    )
+    options = {
+        "HAS_BIAS": bias is not None,
+        "ZERO_SKIPPED": zero_skipped,
+        "E_POW2": triton.next_power_of_2(num_experts + 1),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "EVEN_N": num_columns % tile.block_n == 0,
+        "GROUP_M": 8,
+        **operands.constants(weight_format, w2_zp is not None, tile, depth, precision),
+        "num_stages": tile.num_stages,
+        "num_warps": tile.num_warps,
+    }
+    kernel = with_format(quantized_scatter_gemm_kernel, weight_format, "", DO_NOT_SPECIALIZE)
+    return Launch(kernel, (num_row_tiles * triton.cdiv(num_columns, tile.block_n),), args, options)
+
+
+def quantized_scatter_gemm(
+    out: Tensor,
+    intermediate: Tensor,
+    intermediate_scale: Tensor | None,
+    w2: Tensor,
+    w2_scale: Tensor,
+    w2_zp: Tensor | None,
+    sorted_slots: Tensor,
+    expert_offsets: Tensor,
+    weight_format: WeightFormat,
+    bias: Tensor | None,
+    zero_skipped: bool,
+) -> None:
+    """Launch into out (S, K), contiguous."""
+    launch(
+        _plan,
+        out,
+        intermediate,
+        intermediate_scale,
+        w2,
+        w2_scale,
+        w2_zp,
+        sorted_slots,
+        expert_offsets,
+        weight_format,
+        bias,
+        zero_skipped,
+        dot_precision(intermediate.dtype),
+    )
+
+
+def _plan(*arguments: Any) -> Plan:
+    """Arguments: those of :func:`launch_for` behind the tile."""
+    out, x, _, w2, _, w2_zp, _, _, weight_format, bias, zero_skipped, precision = arguments
+    candidates = candidates_for(x, w2, out, weight_format, False)
+    # The arguments that code depends on are those of every tile.
+    like = launch_for(candidates[0], *arguments)
+    key = (
+        "quantized_scatter_gemm",
+        weight_format,
+        zero_skipped,
+        precision,
+        bias is not None,
+        w2_zp is not None,
+        tuple(w2.shape),
+        like.args[_NUM_BEFORE_SIZES:],
+        *map(pointer_key, like.args[:_NUM_POINTERS]),
+    )
+    tile = choose_tile(candidates, out.size(0), w2.size(0))
+    return Plan(
+        key,
+        (launch_for(tile, *arguments),),
+        lambda: [launch_for(candidate, *arguments) for candidate in candidates],
+    )

@@ -1,0 +1,64 @@
+"""Tiles of the quantized GEMMs: one for each number of rows, within the shared memory of the device."""
+
+from __future__ import annotations
+
+import functools
+
+import triton
+from torch import Tensor
+
+from compile_moe.ops.kernels.quantized.operands import steps_of
+from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
+from compile_moe.ops.kernels.tiles import DeviceLimits, Tile, device_limits
+
+_ROW_TILES = (16, 32, 64, 128)
+
+
+def candidates_for(
+    x: Tensor, w: Tensor, out: Tensor, weight_format: WeightFormat, gated: bool
+) -> tuple[Tile, ...]:
+    """Tiles for x (rows, depth) and stored weights w (E, rows of weights, ...) into out (S, columns)."""
+    limits = device_limits(out.device.index)
+    return tile_candidates(x.element_size(), w.element_size(), out.size(1), weight_format, gated, limits)
+
+
+@functools.cache
+def tile_candidates(
+    x_size: int, w_size: int, num_columns: int, weight_format: WeightFormat, gated: bool, limits: DeviceLimits
+) -> tuple[Tile, ...]:
+    """One tile for each of ``_ROW_TILES``; ``block_n`` counts columns of the result, of which gate and up make one.
+
+    Args:
+        x_size, w_size: bytes of a token's and of a stored weight's element.
+    """
+    tiles = []
+    for block_m in _ROW_TILES:
+        if x_size == 4:
+            # IEEE float32 runs on the ordinary units: what bounds it is registers.
+            tile = Tile(min(block_m, 64), 64, 32, 2, 4 if block_m <= 32 else 8)
+        elif block_m <= 32:
+            tile = Tile(block_m, 64, 128, 4, 4)
+        elif block_m == 64 or (weight_format.scales_sums and weight_format.group):
+            # Sums of a group beside those of all groups, and the tokens' scales, fill the registers early.
+            tile = Tile(64, 128, 128 if x_size == 1 else 64, 4, 8)
+        elif weight_format.scales_sums or limits.async_mma:
+            tile = Tile(block_m, 128, 128 if x_size == 1 else 64, 3, 8)
+        else:
+            # Tensor cores that take both operands from registers, one of them just dequantized.
+            tile = Tile(block_m, 128, 32, 4, 8)
+        tile = tile._replace(block_k=steps_of(tile.block_k, weight_format)[0])
+        while (
+            shared_memory(tile, x_size, w_size, weight_format) > limits.shared_memory and tile.num_stages > 2
+        ):
+            tile = tile._replace(num_stages=tile.num_stages - 1)
+        width = tile.block_n // 2 if gated else tile.block_n
+        # Narrow matrices: no tile wider than the next power of two of the columns.
+        tiles.append(tile._replace(block_n=max(16, min(width, triton.next_power_of_2(num_columns)))))
+    return tuple(dict.fromkeys(tiles))
+
+
+def shared_memory(tile: Tile, x_size: int, w_size: int, weight_format: WeightFormat) -> int:
+    """Of a tile whose ``block_n`` counts rows of weights: loads under way, and tokens that pass through registers."""
+    x, w = tile.block_m * x_size, tile.block_n * w_size // weight_format.packed
+    split = x if weight_format.packed > 1 else 0
+    return tile.block_k * (tile.num_stages * (x + w) + split)

@@ -1,0 +1,43 @@
+"""What the quantized GEMMs know of a scheme."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class WeightFormat(NamedTuple):
+    """A scheme's layout and the Triton functions that dequantize it.
+
+    decode: stored numbers (uint8, a byte or a nibble each) to float32, before zero point and scale; None multiplies
+        weights as they are stored, by tokens of their dtype.
+    decode_scale: stored scales to float32.
+    packed: weights a stored element holds, along K. packed_zeros: rows whose zero points share an element.
+    rows, group: rows and columns that share a scale; group 0 is a whole row.
+    """
+
+    decode: Any
+    decode_scale: Any
+    packed: int
+    packed_zeros: int
+    rows: int
+    group: int
+
+    @property
+    def scales_sums(self) -> bool:
+        """Whether scales multiply sums of products: tokens have some, too, and both are multiplied as stored."""
+        return self.decode is None
+
+
+@triton.jit
+def decode(codes):
+    """Placeholder for a scheme's ``decode``."""
+    return codes.to(tl.float32)
+
+
+@triton.jit
+def decode_scale(scales):
+    """Placeholder for a scheme's ``decode_scale``."""
+    return scales.to(tl.float32)

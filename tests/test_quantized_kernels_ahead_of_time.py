@@ -1,0 +1,122 @@
+"""The kernels of quantized GEMMs compile for every architecture, in its registers and shared memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compile_moe.ops.epilogue import parse
+from compile_moe.ops.kernels.launch import Launch
+from compile_moe.ops.kernels.quantized import gather_gemm, scatter_gemm
+from compile_moe.ops.kernels.quantized.tiles import tile_candidates
+from compile_moe.ops.kernels.tiles import DeviceLimits, Tile
+from compile_moe.ops.named_activations import program_text
+from compile_moe.ops.quantized_format import weight_format
+from compile_moe.quantization import Scheme
+from tests.support.aot import CAPABILITIES, SHARED_MEMORY_BUDGET, CompiledKernel, compile_ahead
+from tests.support.quantized import VARIANTS, Variant
+from tests.support.quantized_gemms import DEFAULTS
+
+QWEN3_30B = (128, 8, 2048, 768)
+ODD = (7, 2, 75, 51)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def operands(variant: Variant, rows: int, e: int, n: int, k: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Tokens, their scales, weights, their scales and zero points."""
+    scheme: Scheme = variant.made
+    scaling = scheme.token_scaling
+    zeros = scheme.zero_point_shape(e, n, k)
+    return (
+        empty(rows, k, dtype=scaling.dtype if scaling else dtype),
+        empty(*scaling.scale_shape(rows, k), dtype=torch.float32) if scaling else None,
+        empty(*scheme.weight_shape(e, n, k), dtype=scheme.weight_dtype),
+        empty(*scheme.scale_shape(e, n, k), dtype=scheme.scale_dtype or dtype),
+        empty(*zeros, dtype=torch.uint8) if variant.zero_points and zeros is not None else None,
+    )
+
+
+def compiled(
+    variant: Variant,
+    capability: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...] = QWEN3_30B,
+    act: str = "silu",
+) -> list[tuple[Tile, CompiledKernel]]:
+    """Both kernels with each of their tiles, biased."""
+    e, topk, k, i = shape
+    multiple = variant.made.column_multiple
+    k, i = -(-k // multiple) * multiple, -(-i // multiple) * multiple
+    limits = DeviceLimits(SHARED_MEMORY_BUDGET[capability], capability in (90, 100))
+    form, program = weight_format(variant.made.text), parse(program_text(act))
+    precision = "ieee" if dtype is torch.float32 else "16-bit"
+    n, s = 2 * i if program.gated else i, 64 * topk
+    slots, offsets = empty(s), empty(e + 1)
+
+    def candidates(given: tuple[Any, ...], columns: int, gated: bool) -> tuple[Tile, ...]:
+        sizes = given[0].element_size(), given[2].element_size()
+        return tile_candidates(*sizes, columns, form, gated, limits)
+
+    launches: list[tuple[Tile, Launch]] = []
+    first, second = operands(variant, 64, e, n, k, dtype), operands(variant, s, e, k, i, dtype)
+    for tile in candidates(first, i, program.gated):
+        out, bias = empty(s, i, dtype=dtype), empty(e, n, dtype=dtype)
+        body = program.triton_source()
+        launch = gather_gemm.launch_for(
+            tile, out, *first, slots, offsets, topk, form, bias, body, program.layout, False, precision
+        )
+        launches.append((tile, launch))
+    for tile in candidates(second, k, False):
+        out, bias = empty(s, k, dtype=dtype), empty(e, k, dtype=dtype)
+        launch = scatter_gemm.launch_for(tile, out, *second, slots, offsets, form, bias, False, precision)
+        launches.append((tile, launch))
+    results = []
+    for tile, launch in launches:
+        options = dict(launch.options)
+        compiler = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+        result = compile_ahead(launch.kernel, launch.args, options, capability=capability, **compiler)
+        assert result.fits, f"{tile}: {result.shared} bytes of shared memory"
+        results.append((tile, result))
+    return results
+
+
+def assert_no_spills(results: list[tuple[Tile, CompiledKernel]], allowed: int = 0) -> None:
+    for tile, result in results:
+        spilled = max(result.spill_stores, result.spill_loads)
+        assert spilled <= allowed, f"{tile}: {result.registers} registers, {spilled} bytes spilled"
+
+
+@pytest.mark.parametrize("variant", VARIANTS | DEFAULTS)
+def test_on_hopper(variant: str) -> None:
+    made = (VARIANTS | DEFAULTS)[variant]
+    results = compiled(made, 90, torch.bfloat16)
+    assert_no_spills(results)
+    assert all(result.has_wgmma for _, result in results)
+
+
+@pytest.mark.parametrize("capability", [c for c in CAPABILITIES if c != 90])
+@pytest.mark.parametrize("variant", DEFAULTS)
+def test_elsewhere(variant: str, capability: int) -> None:
+    made = DEFAULTS[variant]
+    if capability < 89 and made.made.weight_dtype is torch.float8_e4m3fn:
+        pytest.skip("refused below sm_89")
+    # The assembler trades a few bytes for occupancy.
+    assert_no_spills(compiled(made, capability, torch.bfloat16), 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("variant", [v for v in DEFAULTS if DEFAULTS[v].made.token_scaling is None])
+def test_other_dtypes(variant: str, dtype: torch.dtype) -> None:
+    assert_no_spills(compiled(DEFAULTS[variant], 90, dtype), 16)
+
+
+@pytest.mark.parametrize("activation", ["swigluoai", "relu2_no_mul"])
+@pytest.mark.parametrize("variant", DEFAULTS)
+def test_odd_sizes(variant: str, activation: str) -> None:
+    compiled(DEFAULTS[variant], 90, torch.bfloat16, ODD, activation)
