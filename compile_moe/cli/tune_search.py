@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ _MOST_DIFFERENCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e
 #: measurements is partly luck.
 _FINALISTS = 4
 _ROUNDS = 3
-#: Neighbours of so many of the fastest tiles are measured.
+#: Neighbours of so many of the fastest tiles that have some are measured.
 _LEADERS = 2
 #: Another tile must be this much faster than the heuristic's.
 _LEAST_GAIN = 0.01
@@ -171,9 +172,8 @@ def search(
         next_tiles = starts(heuristic, tiles)
         while not all(tile in measurements.outcomes for tile in next_tiles):
             measurements.add(next_tiles)
-            next_tiles = [
-                near for tile in measurements.ranked()[:_LEADERS] for near in neighbours(tile, tiles)
-            ]
+            around = (near for tile in measurements.ranked() if (near := neighbours(tile, tiles)))
+            next_tiles = [tile for near in itertools.islice(around, _LEADERS) for tile in near]
     ranked, done = measurements.ranked(), len(measurements.outcomes)
     finalists = list(dict.fromkeys([heuristic, *ranked[:_FINALISTS]]))
     on_progress("timing the best again", done, done)

@@ -1,5 +1,5 @@
-"""Launching: device guard, kernel variants that load together so that graph capture never compiles, and launches that
-are worked out once for each description of their arguments.
+"""Launching: device guard, kernels that load before a graph capture needs them, and launches that are worked out once
+for each description of their arguments.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ class Plan(NamedTuple):
     launches: in order; their tensors are arguments of the launcher.
     variants: all launches that other numbers of tokens would choose under the same key. They compile and load at the
         key's first call, because inside a CUDA graph capture that is too late.
-    others: plans for the same arguments but for a number of tokens that has another key. They load with this one
-        inside :func:`loading_everything` only.
+    others: plans for the same arguments but for a number of tokens that has another key; they load with this one.
+    costly_others: the same, but they load with this one inside :func:`loading_everything` only.
     """
 
     key: tuple[Hashable, ...]
     launches: Sequence[Launch]
     variants: Callable[[], Iterable[Launch]]
     others: Sequence[Plan] = ()
+    costly_others: Sequence[Plan] = ()
 
 
 class ReadyLaunch(NamedTuple):
@@ -87,13 +88,13 @@ def launch(plan: Callable[..., Plan], *arguments: Any) -> None:
         return
     with device_guard(device):
         signature = (plan, device.index, *map(_description, arguments))
-        ready, recorder = _ready.get(signature), current_recorder()
-        if ready is None or recorder is _load_everything:
-            ready = _prepare(plan, arguments, device, everything=recorder is _load_everything)
+        ready = _ready.get(signature)
+        if ready is None or loads_everything():
+            ready = _prepare(plan, arguments, device)
             if len(_ready) >= _MOST_READY:
                 _ready.clear()
             _ready[signature] = ready
-        if recorder is not None:
+        if (recorder := current_recorder()) is not None:
             recorder(ready, arguments)
         for compiled, grid, args, tensors in ready:
             args = args.copy()
@@ -119,13 +120,20 @@ def recording(recorder: Recorder) -> Iterator[None]:
         _thread.recorder = None
 
 
-def _load_everything(ready: Sequence[ReadyLaunch], arguments: tuple[Any, ...]) -> None:
-    """A recorder that only says that it is there."""
+def loads_everything() -> bool:
+    """Whether this thread is inside :func:`loading_everything`."""
+    return getattr(_thread, "everything", False)
 
 
-def loading_everything() -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def loading_everything() -> Iterator[None]:
     """Launches of this thread load every kernel that any number of tokens needs."""
-    return recording(_load_everything)
+    before = loads_everything()
+    _thread.everything = True
+    try:
+        yield
+    finally:
+        _thread.everything = before
 
 
 def current_stream(device: torch.device) -> int:
@@ -151,16 +159,15 @@ def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]
 
 
 def _prepare(
-    make_plan: Callable[..., Plan], arguments: tuple[Any, ...], device: torch.device, everything: bool
+    make_plan: Callable[..., Plan], arguments: tuple[Any, ...], device: torch.device
 ) -> tuple[ReadyLaunch, ...]:
     # Objects of their own: the caller may give one tensor twice, and two the next time.
     own = [argument.detach() if isinstance(argument, Tensor) else argument for argument in arguments]
     positions = {id(argument): i for i, argument in enumerate(own)}
     plan = make_plan(*own)
     compiled = _load(plan, device)
-    if everything:
-        for other in plan.others:
-            _load(other, device)
+    for other in (*plan.others, *plan.costly_others) if loads_everything() else plan.others:
+        _load(other, device)
     ready = []
     for each in plan.launches:
         if not all(each.grid):
@@ -204,8 +211,8 @@ def _load(plan: Plan, device: torch.device) -> dict[Hashable, Any]:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"the kernels of {plan.key[0]} are not compiled yet for these shapes, dtypes and this device, and can't be "
-            "inside a CUDA graph capture; before capturing, call the layer and its router once, with as many tokens; "
-            "compile_moe.warm_up(w1, w2, topk) compiles those of the experts for any number of tokens"
+            "inside a CUDA graph capture; before capturing, call the layer and its router once, with at least as "
+            "many tokens; compile_moe.warm_up(w1, w2, topk) compiles those of the experts for any number of tokens"
         )
     with _lock:
         if key in _loaded:

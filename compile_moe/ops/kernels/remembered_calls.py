@@ -72,7 +72,11 @@ def remembering(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        if launching.current_recorder() is not None or os.environ.get("COMPILE_MOE_DEBUG") == "1":
+        if (
+            launching.current_recorder() is not None
+            or launching.loads_everything()
+            or os.environ.get("COMPILE_MOE_DEBUG") == "1"
+        ):
             return function(*arguments)
         given = [a for a in arguments if isinstance(a, Tensor)]
         addresses = [t.data_ptr() for t in given]

@@ -167,7 +167,7 @@ def _plan(
     if fitting:
         chosen: tuple[Launch, ...] = (single[min(fitting)],)
     else:
-        chosen = (launch_for(arguments, constants), *sorts()[sort.which(sorted_slots.size(0))])
+        chosen = (launch_for(arguments, constants), *sorts()[sort.size_class(sorted_slots.size(0))])
     pointers = map(pointer_key, (sorted_slots, expert_offsets))
     key = ("route_and_sort_tokens", *routing_key(arguments, constants), *pointers)
     return Plan(key, chosen, variants)

@@ -265,7 +265,7 @@ def launches(
     # Where there are few slots, any memory stands for what the other launches would get.
     counts = expert_offsets if counts is None else counts
     constants = {"HAS_MAP": expert_map is not None, "BLOCK": BLOCK, "CHUNK": CHUNK}
-    # Very few slots: the sums over lanes take longest, so few rows of them.
+    # Very few slots: what takes longest are the sums over lanes, so there are few of them in a program.
     tiny, small = (
         Launch(
             _sort_small,
@@ -273,7 +273,7 @@ def launches(
             (sorted_slots, expert_offsets, *ids, num_slots, *sizes),
             {**constants, "BLOCK": block, "CHUNK": chunk, "num_warps": 8},
         )
-        for block, chunk in ((16, TINY_MAX_SLOTS), (64, 128))
+        for block, chunk in ((16, 32), (64, 128))
     )
     large = (
         Launch(
@@ -293,7 +293,7 @@ def launches(
     return (tiny,), (small,), large
 
 
-def which(num_slots: int) -> int:
+def size_class(num_slots: int) -> int:
     """The index into :func:`launches` for so many slots."""
     if num_slots > SMALL_MAX_SLOTS:
         return 2
@@ -330,4 +330,4 @@ def _plan(sorted_slots: Tensor, *rest: Any) -> Plan:
     like = every[0][0]
     constants = (like.options["HAS_MAP"], *like.args[5:])
     key = ("sort_tokens", constants, *map(pointer_key, like.args[:4]))
-    return Plan(key, every[which(sorted_slots.size(0))], lambda: sum(every, ()))
+    return Plan(key, every[size_class(sorted_slots.size(0))], lambda: sum(every, ()))

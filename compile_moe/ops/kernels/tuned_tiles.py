@@ -75,19 +75,21 @@ def plan_of(
     candidates: tuple[Tile, ...],
     launches_for: Callable[[Tile], tuple[Launch, ...]],
 ) -> Plan:
-    """Launches with ``tile``. The warp-specialized kernels, which take seconds to compile, load apart from the others:
-    with the first call of many rows.
+    """Launches with ``tile``. The warp-specialized kernels, which take seconds to compile, load with the first call of
+    so many rows that it needs them, the others with any call.
     """
 
-    special = tile.warp_specialized
-    alike = [each for each in candidates if each.warp_specialized == special]
-    rest = [each for each in candidates if each.warp_specialized != special]
+    def plan(warp_specialized: bool, launches: tuple[Launch, ...] = ()) -> Plan:
+        def variants() -> list[Launch]:
+            tiles = [each for each in candidates if each.warp_specialized == warp_specialized]
+            return [launch for each in tiles for launch in launches_for(each)]
 
-    def launches(tiles: list[Tile]) -> list[Launch]:
-        return [launch for each in tiles for launch in launches_for(each)]
+        return Plan((*key, warp_specialized), launches, variants)
 
-    others = (Plan((*key, not special), (), lambda: launches(rest)),) if rest else ()
-    return Plan((*key, special), launches_for(tile), lambda: launches(alike), others)
+    if tile.warp_specialized:
+        return plan(True, launches_for(tile))._replace(others=(plan(False),))
+    costly = any(each.warp_specialized for each in candidates)
+    return plan(False, launches_for(tile))._replace(costly_others=(plan(True),) if costly else ())
 
 
 def device_name(device_index: int | None) -> str | None:
