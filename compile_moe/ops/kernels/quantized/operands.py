@@ -18,18 +18,26 @@ def strides(
     return (
         row_stride(x),
         x.stride(1),
-        *_scale_strides(x_scale, 2),
+        *_token_scale_strides(x_scale),
         *w.stride(),
-        *_scale_strides(w_scale, 3),
-        *_scale_strides(w_zp, 3),
+        *_weight_scale_strides(w_scale),
+        *_weight_scale_strides(w_zp),
     )
 
 
-def _scale_strides(scale: Tensor | None, dimensions: int) -> tuple[int, ...]:
+def _token_scale_strides(scale: Tensor | None) -> tuple[int, int]:
+    """Of scales (rows, groups); (1,) is one scale for all."""
+    if scale is None or scale.dim() == 1:
+        return 0, 0
+    return row_stride(scale), scale.stride(1) if scale.size(1) > 1 else 0
+
+
+def _weight_scale_strides(scale: Tensor | None) -> tuple[int, ...]:
+    """Of scales or zero points (experts, rows, groups), or what there is of these."""
     if scale is None:
-        return (0,) * dimensions
-    shared = [stride if size > 1 else 0 for size, stride in zip(scale.shape, scale.stride(), strict=True)]
-    return *shared, *[0] * (dimensions - len(shared))
+        return 0, 0, 0
+    found = [stride if size > 1 else 0 for size, stride in zip(scale.shape, scale.stride(), strict=True)]
+    return *found, *[0] * (3 - len(found))
 
 
 def constants(
