@@ -152,7 +152,7 @@ fp8 per group silu, fp8 per group silu one token, fp8 per group gelu, fp8 per gr
         )
 
     def test_activations_between_the_gemms(self) -> None:
-        """What no epilogue can hold is in the kernel that quantizes it, except functions of rows if groups share scales."""
+        """What no epilogue can hold is in the kernel that quantizes it, except softmax of rows with groups."""
         found = {
             f"{name} {activation}": block_kernels(name, activation)
             for activation in ("row-wise", "overridden")
