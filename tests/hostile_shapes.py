@@ -2,7 +2,7 @@
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.hostile_shapes
 
-An argument names a part of it (layers, many_rows, others), to run them side by side. Without the caching allocator each
+An argument names a part of it (layers, many_rows, quantized, others), to run them side by side. Without the caching allocator each
 tensor is an allocation of its own, so that an overrun of one is seen.
 """
 
@@ -25,6 +25,9 @@ from compile_moe.ops import act_and_mul, route_and_sort_tokens, route_tokens
 from compile_moe.ops.kernels import launch
 from compile_moe.ops.named_activations import program_text
 from tests.support.oracle import CASES, assert_as_accurate, make_layer
+from tests.support.quantized import make_quantized
+from tests.support.quantized_gemms import ALL_VARIANTS, GEMMS, Gemms, spread
+from tests.support.quantized_inputs import op as overload
 from tests.support.warp_specialized import (
     LAYERS,
     assert_both_were_launched,
@@ -94,6 +97,28 @@ def many_rows(device: str) -> int:
     return 2 * len(LAYERS) + 2
 
 
+def quantized_gemms(device: str) -> int:
+    """Each scheme with operands in allocations of their own, packed and spread out."""
+    count = 0
+    float8 = torch.cuda.get_device_capability(device) >= (8, 9)
+    for variant, size in itertools.product(ALL_VARIANTS.values(), ({"M": 3}, {"M": 150, "K": 136, "I": 72})):
+        if variant.made.weight_dtype is torch.float8_e4m3fn and not float8:
+            continue
+        gemms = Gemms(make_quantized(variant, biased=True, skipped=True, dtype=torch.bfloat16, **size))
+        for stage, place in itertools.product(GEMMS, (lambda t: t, spread)):
+            arguments = [
+                a
+                if not isinstance(a, Tensor)
+                else a.to(device)
+                if a.dtype is torch.int32
+                else place(a.to(device))
+                for a in gemms.inputs[stage]
+            ]
+            gemms.check(stage, overload(stage)(*arguments).cpu())
+            count += 1
+    return count
+
+
 def ids_far_out_of_range(device: str) -> None:
     """More slots than one launch sorts; and what a corrupt map would hold. On a CPU these raise."""
     for mapped in (False, True):
@@ -151,7 +176,7 @@ def loading_only_what_runs() -> Iterator[None]:
         yield
 
 
-PARTS = {"layers": layers, "many_rows": many_rows, "others": others}
+PARTS = {"layers": layers, "many_rows": many_rows, "quantized": quantized_gemms, "others": others}
 
 
 def main() -> int:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
+import compile_moe
+from compile_moe.fused_experts import fused_experts
 from compile_moe.ops import quantized_gather_gemm, quantized_scatter_gemm
 from compile_moe.ops.kernels.quantized.operands import steps_of
 from compile_moe.ops.kernels.quantized.tiles import tile_candidates
@@ -102,3 +106,19 @@ def test_float8_needs_a_gpu_that_multiplies_it(
     ):
         check_capability("quantized_gather_gemm", w, "fp8_w8a8_channel()")
     check_capability("quantized_gather_gemm", torch.empty(1, dtype=torch.int8), "int8_w8a8_channel()")
+
+
+@pytest.mark.parametrize("variant", DEFAULTS)
+def test_warm_up_takes_quantized_weights(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        sys.modules["compile_moe.warm_up"],
+        "fused_experts",
+        lambda *args, **options: seen.append((args, options)),
+    )
+    for dtype in (None, torch.float16):
+        q = make_quantized(DEFAULTS[variant], biased=True, dtype=dtype or torch.bfloat16)
+        biases = {"w1_bias": q.layer.w1_bias, "w2_bias": q.layer.w2_bias}
+        compile_moe.warm_up(q.q1.weight, q.q2.weight, 2, quant_config=q.config(), dtype=dtype, **biases)
+        args, options = seen.pop()
+        assert fused_experts(*args, **options).dtype is (dtype or torch.bfloat16)
