@@ -2,8 +2,8 @@
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.hostile_shapes
 
-An argument names a part of it (layers, many_rows, quantized, others), to run them side by side. Without the caching allocator each
-tensor is an allocation of its own, so that an overrun of one is seen.
+An argument names a part of it (layers, many_rows, quantized, others), to run them side by side. Without the caching
+allocator each tensor is an allocation of its own, so that an overrun of one is seen.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def quantized_gemms(device: str) -> int:
     """Each scheme with operands in allocations of their own, packed and spread out."""
     count = 0
     float8 = torch.cuda.get_device_capability(device) >= (8, 9)
-    for variant, size in itertools.product(ALL_VARIANTS.values(), ({"M": 3}, {"M": 150, "K": 136, "I": 72})):
+    sizes: tuple[dict[str, Any], ...] = {"M": 3}, {"M": 150, "K": 136, "I": 72}
+    for variant, size in itertools.product(ALL_VARIANTS.values(), sizes):
         if variant.made.weight_dtype is torch.float8_e4m3fn and not float8:
             continue
         gemms = Gemms(make_quantized(variant, biased=True, skipped=True, dtype=torch.bfloat16, **size))
