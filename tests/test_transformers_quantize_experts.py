@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +65,37 @@ def test_state_dict_round_trip(variant: str) -> None:
     assert not torch.equal(logits(models[0], ids), logits(models[1], ids))
     models[1].load_state_dict(models[0].state_dict())
     assert torch.equal(logits(models[0], ids), logits(models[1], ids))
+
+
+def test_saving_is_refused_and_state_dict_does_it(tmp_path: Path) -> None:
+    model, ids = make_model("qwen3_moe"), prompt("cpu")
+    integration.quantize_experts(model, "int4_w4a16", group_size=16)
+    for refused in (model, model.model, copy.deepcopy(model)):
+        with pytest.raises(RuntimeError, match=r"state_dict\(\).*load_state_dict.*quantize_experts"):
+            refused.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    again = transformers.AutoModelForCausalLM.from_config(model.config).eval()
+    integration.quantize_experts(again, "int4_w4a16", group_size=16)
+    again.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+def test_copies_and_pickles() -> None:
+    model, ids = make_model("qwen3_moe"), prompt("cpu")
+    integration.quantize_experts(model, MXFP4)
+    whole = io.BytesIO()
+    torch.save(model, whole)
+    whole.seek(0)
+    for again in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(whole, weights_only=False),
+    ):
+        assert torch.equal(logits(again, ids), logits(model, ids))
+        with pytest.raises(RuntimeError, match="no format for experts"):
+            again.save_pretrained("unused")
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

@@ -96,8 +96,8 @@ def quantize_experts(
     """Quantize the experts of a model in place, one module after the other, and choose our implementation for it.
 
     The weights become parameters in the scheme's layout: ``state_dict`` holds them, and ``load_state_dict`` takes them
-    on a model that was quantized alike. Don't call ``model.to(dtype)`` afterwards, which casts float8 weights and
-    scales too. ``save_pretrained`` writes no config for them.
+    on a model that was quantized alike. ``save_pretrained`` has no format for them, and raises RuntimeError from then
+    on. Don't call ``model.to(dtype)`` afterwards, which casts float8 weights and scales too.
 
     Args:
         model: a PreTrainedModel with float experts of ``use_experts_implementation``.
@@ -115,9 +115,27 @@ def quantize_experts(
         )
     register()
     model.set_experts_implementation(NAME)
+    _refuse_saving(model)
     block = None if block_shape is None else tuple(block_shape)
     for module in experts:
         quantize_module(module, ExpertsQuantization(scheme, block, group_size), zero_points)
+
+
+def _refuse_saving(model: Any) -> None:
+    """Let save_pretrained of a model, and of the models in it that have experts, raise."""
+    for module in model.modules():
+        if hasattr(module, "save_pretrained") and any(map(is_experts, module.modules())):
+            # A function of this module: the model can still be copied and pickled.
+            module.save_pretrained = _save_pretrained
+
+
+def _save_pretrained(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        "save_pretrained has no format for experts that quantize_experts quantized: what it writes would load with "
+        "other weights. Save model.state_dict() with torch.save instead, and give it to load_state_dict of a model "
+        "that was made from the same config and quantized by quantize_experts with the same arguments; or save the "
+        "model before its experts are quantized, and quantize them each time after from_pretrained"
+    )
 
 
 def _import(name: str) -> Any:
