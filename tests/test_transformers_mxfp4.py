@@ -112,6 +112,20 @@ def test_mxfp4_of_float_checkpoints(tmp_path: Path, schemes_run: list[str]) -> N
     integration.quantize_experts(model, MXFP4)
     assert torch.equal(logits(quantized, ids), logits(model, ids))
     assert set(schemes_run) == {MXFP4}
+    quantized.save_pretrained(tmp_path / "quantized")
+    assert torch.equal(logits(load(tmp_path / "quantized"), ids), logits(model, ids))
+
+
+def test_mxfp4_of_other_classes_is_refused(tmp_path: Path, schemes_run: list[str]) -> None:
+    """Their weight conversions would make a checkpoint that nothing loads."""
+    make_model("qwen3_moe").save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"for GptOssExperts, got Qwen3MoeExperts at model\.layers\.0.*quantize_experts"
+    ):
+        load(tmp_path, quantization_config=transformers.Mxfp4Config())
+    skipping = transformers.Mxfp4Config(modules_to_not_convert=["model.layers.*.mlp.experts"])
+    logits(load(tmp_path, quantization_config=skipping), prompt("cpu"))
+    assert schemes_run == [""] * 2
 
 
 def test_mxfp4_asked_for_dequantized(tmp_path: Path, schemes_run: list[str]) -> None:

@@ -9,6 +9,8 @@ from compile_moe.integrations.experts_module import is_experts
 from compile_moe.integrations.quantized_experts import ExpertsQuantization, declare_module, quantize_module
 
 _QUANTIZATION = ExpertsQuantization("mxfp4_w4a16")
+#: What transformers converts, and how it finds it.
+_EXPERTS_CLASS = "GptOssExperts"
 
 
 def extend_mxfp4_quantizer(quantizers: dict[str, Any], experts_implementation: str) -> None:
@@ -42,8 +44,10 @@ def _extended(quantizer: Any, experts_implementation: str) -> Any:
                 args, environment = self._environment
                 super().validate_environment(*args, **environment)
                 super()._process_model_before_weight_loading(model, **kwargs)
-            elif self.pre_quantized:
-                for experts in self._experts(model):
+                return
+            found = self._experts(model)
+            if self.pre_quantized:
+                for experts in found:
                     declare_module(experts, _QUANTIZATION)
                     # The model's own initialisation knows float weights only.
                     experts._is_hf_initialized = True
@@ -59,11 +63,19 @@ def _extended(quantizer: Any, experts_implementation: str) -> Any:
             skipped = self.get_modules_to_not_convert(
                 model, self.quantization_config.modules_to_not_convert, model._keep_in_fp32_modules
             )
-            return [
-                module
+            found = {
+                name: module
                 for name, module in model.named_modules()
                 if is_experts(module) and utilities.should_convert_module(name, skipped)
-            ]
+            }
+            for name, module in found.items():
+                if type(module).__name__ != _EXPERTS_CLASS:
+                    raise ValueError(
+                        f"transformers' mxfp4 is for {_EXPERTS_CLASS}, got {type(module).__name__} at {name}, whose "
+                        "checkpoints would not load; load the model without a quantization_config and give it to "
+                        f"compile_moe.integrations.transformers.quantize_experts(model, {_QUANTIZATION.scheme!r})"
+                    )
+            return list(found.values())
 
         def get_weight_conversions(self) -> Any:
             return [] if self.runs_compile_moe else super().get_weight_conversions()
