@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,16 @@ def test_mxfp4_checkpoint_is_saved_as_it_was(tmp_path: Path) -> None:
     assert all(torch.equal(saved[name], value) for name, value in state.items())
     ids = prompt("cpu")
     assert torch.equal(logits(load(tmp_path / "again"), ids), logits(load(tmp_path), ids))
+
+
+def test_mxfp4_models_are_pickled(tmp_path: Path) -> None:
+    mxfp4_checkpoint(tmp_path)
+    model, ids = load(tmp_path), prompt("cpu")
+    again = pickle.loads(pickle.dumps(model))
+    assert again.hf_quantizer.runs_compile_moe
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again"), ids), logits(model, ids))
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

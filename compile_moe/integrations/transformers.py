@@ -17,9 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from compile_moe.integrations.experts_module import Operands, float_weights, is_experts, run_experts
+from compile_moe.integrations.experts_module import NAME, Operands, float_weights, is_experts, run_experts
 from compile_moe.integrations.fp8_experts import fp8_experts_forward
-from compile_moe.integrations.mxfp4_quantizer import extend_mxfp4_quantizer
 from compile_moe.integrations.quantized_experts import (
     ExpertsQuantization,
     quantization_of,
@@ -29,9 +28,6 @@ from compile_moe.integrations.quantized_experts import (
 from compile_moe.quant_config import find_scheme
 
 __all__ = ["NAME", "experts_forward", "fp8_experts_forward", "quantize_experts", "register"]
-
-#: What to give as ``experts_implementation``.
-NAME = "compile_moe"
 
 _REQUIREMENT = "transformers >= 5.17; install it by: pip install 'compile-moe[transformers]'"
 
@@ -55,7 +51,7 @@ def register() -> None:
         raise ImportError(f"{error}; compile_moe needs {_REQUIREMENT}") from error
     for interface, forward in zip(interfaces, (experts_forward, fp8_experts_forward), strict=True):
         interface.register(NAME, forward)
-    extend_mxfp4_quantizer(quantizers, NAME)
+    quantizers["mxfp4"] = _import("compile_moe.integrations.mxfp4_quantizer").Mxfp4Quantizer
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
