@@ -127,5 +127,33 @@ def test_what_cannot_be_quantized_in_place() -> None:
     with pytest.raises(ValueError, match="no experts that transformers dispatches"):
         integration.quantize_experts(nn.Linear(2, 2), MXFP4)
     integration.quantize_experts(model, "int8_w8a16")
-    with pytest.raises(TypeError, match=r"gate_up_proj must be bfloat16, .* got torch.uint8"):
+    with pytest.raises(ValueError, match="Qwen3MoeExperts is quantized already, to int8_w8a16"):
         integration.quantize_experts(model, MXFP4)
+
+
+@pytest.mark.parametrize(
+    ("last_down_proj", "zero_points", "error", "message"),
+    [
+        (torch.empty(8, 32, 24), False, ValueError, r"multiple of 16, got Qwen3MoeExperts.down_proj"),
+        (
+            torch.empty(8, 31, 32),
+            True,
+            ValueError,
+            r"N that is a multiple of 2, got Qwen3MoeExperts.down_proj",
+        ),
+        (torch.empty(8, 32, 32, dtype=torch.int8), False, TypeError, r"down_proj must be .* got torch.int8"),
+    ],
+)
+def test_refused_models_stay_as_they_were(
+    last_down_proj: torch.Tensor, zero_points: bool, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    model = make_model("qwen3_moe", experts="eager")
+    experts_of(model)[-1].down_proj = nn.Parameter(last_down_proj, requires_grad=False)
+    before = dict(model.state_dict())
+    with pytest.raises(error, match=message):
+        integration.quantize_experts(model, "int4_w4a16", group_size=16, zero_points=zero_points)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(after[name].data_ptr() == value.data_ptr() for name, value in before.items())
+    assert model.config._experts_implementation == "eager"
+    model.save_pretrained(tmp_path)

@@ -21,6 +21,7 @@ from compile_moe.integrations.experts_module import NAME, Operands, float_weight
 from compile_moe.integrations.fp8_experts import fp8_experts_forward
 from compile_moe.integrations.quantized_experts import (
     ExpertsQuantization,
+    check_module,
     quantization_of,
     quantize_module,
     quantized_operands,
@@ -101,7 +102,8 @@ def quantize_experts(
         zero_points: as for :func:`compile_moe.quantize_weights`.
 
     Raises:
-        ValueError, TypeError: no such scheme, no such experts, or sizes that don't divide.
+        ValueError, TypeError: no such scheme, no such experts, experts that are quantized already, or sizes that don't
+            divide. The model is then as it was.
     """
     find_scheme(scheme, block_shape, group_size)
     experts = [module for module in model.modules() if is_experts(module)]
@@ -109,12 +111,16 @@ def quantize_experts(
         raise ValueError(
             f"{type(model).__name__} has no experts that transformers dispatches by experts_implementation"
         )
+    quantization = ExpertsQuantization(
+        scheme, None if block_shape is None else tuple(block_shape), group_size
+    )
+    for module in experts:
+        check_module(module, quantization, zero_points)
     register()
     model.set_experts_implementation(NAME)
     _refuse_saving(model)
-    block = None if block_shape is None else tuple(block_shape)
     for module in experts:
-        quantize_module(module, ExpertsQuantization(scheme, block, group_size), zero_points)
+        quantize_module(module, quantization, zero_points)
 
 
 def _refuse_saving(model: Any) -> None:
