@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import compile_moe.integrations.transformers as integration
+from compile_moe.integrations.experts_module import projections
 from tests.support.quantized import VARIANTS
 from tests.support.quantized_models import (
     MXFP4,
@@ -80,6 +81,24 @@ def test_saving_is_refused_and_state_dict_does_it(tmp_path: Path) -> None:
     integration.quantize_experts(again, "int4_w4a16", group_size=16)
     again.load_state_dict(torch.load(tmp_path / "state.pt"))
     assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("experts_implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("variant", ["int8_w8a16", MXFP4])
+def test_other_implementations_name_what_they_lack(
+    variant: str, family: str, experts_implementation: str
+) -> None:
+    scheme, ids = VARIANTS[variant], prompt("cpu")
+    model = make_model(family)
+    integration.quantize_experts(model, scheme.scheme, zero_points=scheme.zero_points, **scheme.options)
+    expected = logits(model, ids)
+    model.set_experts_implementation(experts_implementation)
+    projection = projections(experts_of(model)[0])[0]
+    with pytest.raises(AttributeError, match=f"Experts' object has no attribute '{projection}'"):
+        logits(model, ids)
+    model.set_experts_implementation(integration.NAME)
+    assert torch.equal(logits(model, ids), expected)
 
 
 def test_copies_and_pickles() -> None:

@@ -5,7 +5,10 @@ Parameters of a projection P (gate_up_proj or up_proj, and down_proj), in the la
 | Scheme | Weights | Scales | Zero points |
 |---|---|---|---|
 | mxfp4_w4a16, as gpt-oss' checkpoints have them | P_blocks, (E, N, K / 32, 16) | P_scales | |
-| the others | P | P_scale | P_zero_point, if there are any |
+| the others | P_quantized | P_scale | P_zero_point, if there are any |
+
+Only our implementation runs them. None is called P: with another ``experts_implementation`` the module says which
+attribute it lacks, and can't take stored integers for weights.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ class ExpertsQuantization:
 
     def names(self, projection: str) -> tuple[str, str, str]:
         """Parameters that hold weights, scales and zero points."""
-        weight, scale = ("_blocks", "_scales") if self.scheme == _MXFP4 else ("", "_scale")
+        weight, scale = ("_blocks", "_scales") if self.scheme == _MXFP4 else ("_quantized", "_scale")
         return f"{projection}{weight}", f"{projection}{scale}", f"{projection}_zero_point"
 
 

@@ -92,9 +92,10 @@ def quantize_experts(
 ) -> None:
     """Quantize the experts of a model in place, one module after the other, and choose our implementation for it.
 
-    The weights become parameters in the scheme's layout: ``state_dict`` holds them, and ``load_state_dict`` takes them
-    on a model that was quantized alike. ``save_pretrained`` has no format for them, and raises RuntimeError from then
-    on. Don't call ``model.to(dtype)`` afterwards, which casts float8 weights and scales too.
+    The weights become parameters in the scheme's layout and under other names: ``state_dict`` holds them, and
+    ``load_state_dict`` takes them on a model that was quantized alike. Only our implementation runs them: with another
+    one, such as "eager", a forward raises AttributeError. ``save_pretrained`` has no format for them, and raises
+    RuntimeError from then on. Don't call ``model.to(dtype)`` afterwards, which casts float8 weights and scales too.
 
     Args:
         model: a PreTrainedModel with float experts of ``use_experts_implementation``.
