@@ -10,7 +10,7 @@ from torch import Tensor
 from compile_moe.ops.problem_size import require_optional_tensors, require_tensors
 from compile_moe.ops.quantized_operands import check_quantized_weight
 from compile_moe.quant_config import find_scheme
-from compile_moe.quantization import QuantizedWeights
+from compile_moe.quantization import QuantizedWeights, Scheme
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -54,28 +54,33 @@ def quantize_weights(
     """
     require_tensors(w=w)
     found = find_scheme(scheme, block_shape, group_size)
-    if w.dtype not in _FLOATS:
-        raise TypeError(f"w must be one of {', '.join(map(str, _FLOATS))}, got {w.dtype}")
-    if w.dim() != 3 or 0 in w.shape:
-        raise ValueError(f"w must be (E, N, K), none of them 0, got {tuple(w.shape)}")
-    num_experts, n, k = w.shape
-    if k % found.column_multiple:
-        raise ValueError(
-            f"scheme {found.text} needs a K that is a multiple of {found.column_multiple}, got w (E, N, K) = "
-            f"{tuple(w.shape)}; use another group size"
-        )
-    if zero_points and found.zero_point_shape(num_experts, n, k) is None:
-        raise ValueError(f"scheme {found.text} has no zero points: zero_points must be False")
-    if zero_points and n % found.packed_zero_points:
-        raise ValueError(
-            f"zero points of scheme {found.text} need an N that is a multiple of {found.packed_zero_points}, got w "
-            f"(E, N, K) = {tuple(w.shape)}"
-        )
+    check_quantizable("w", w, found, zero_points)
     scale_dtype = torch.float32 if w.dtype is torch.float64 else w.dtype
     # One expert at a time: float32 copies of all of them can be more than there is memory.
     experts = [found.quantize(matrix.float(), zero_points, scale_dtype) for matrix in w]
     stacked = (None if parts[0] is None else torch.stack(parts) for parts in zip(*experts, strict=True))
     return QuantizedWeights(*stacked)  # type: ignore[arg-type]
+
+
+def check_quantizable(name: str, w: Tensor, scheme: Scheme, zero_points: bool = False) -> None:
+    """Check that a scheme has weights of w's dtype and sizes; :func:`quantize_weights` and the integrations do."""
+    if w.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be one of {', '.join(map(str, _FLOATS))}, got {w.dtype}")
+    if w.dim() != 3 or 0 in w.shape:
+        raise ValueError(f"{name} must be (E, N, K), none of them 0, got {tuple(w.shape)}")
+    num_experts, n, k = w.shape
+    if k % scheme.column_multiple:
+        raise ValueError(
+            f"scheme {scheme.text} needs a K that is a multiple of {scheme.column_multiple}, got {name} (E, N, K) = "
+            f"{tuple(w.shape)}; use another group size"
+        )
+    if zero_points and scheme.zero_point_shape(num_experts, n, k) is None:
+        raise ValueError(f"scheme {scheme.text} has no zero points: zero_points must be False")
+    if zero_points and n % scheme.packed_zero_points:
+        raise ValueError(
+            f"zero points of scheme {scheme.text} need an N that is a multiple of {scheme.packed_zero_points}, got "
+            f"{name} (E, N, K) = {tuple(w.shape)}"
+        )
 
 
 def dequantize_weights(

@@ -58,27 +58,36 @@ def fp8_model(folder: Path, family: str, device: str, **options: Any) -> Any:
 
 
 def plain_fp8(module: Any, hidden_states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """FP8Experts in plain PyTorch and float64, with blocks: dequantized weights, quantized tokens."""
-    rows, columns = FP8_BLOCK
-
-    def dequantized(name: str) -> Tensor:
-        scale = getattr(module, f"{name}_scale_inv").double()
-        return getattr(module, name).double() * scale.repeat_interleave(rows, 1).repeat_interleave(columns, 2)
-
-    def tokens(a: Tensor) -> Tensor:
-        groups = a.float().unflatten(-1, (-1, columns))
-        scale = groups.abs().amax(-1, keepdim=True).clamp(min=2.0**-126) / 448
-        quantized = (groups / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
-        return (quantized.double() * scale.double()).flatten(-2)
-
-    w1, w2 = dequantized("gate_up_proj"), dequantized("down_proj")
+    """FP8Experts in plain PyTorch and float64: dequantized weights, quantized tokens."""
+    w1, w2 = dequantized(module, "gate_up_proj"), dequantized(module, "down_proj")
+    a1_scales, a2_scales = [None] * w1.size(0), [None] * w1.size(0)
+    if module.activation_scheme == "static":
+        # Tokens are quantized once, before they reach their experts: by the largest scale.
+        a1_scales = [module.gate_up_proj_activation_scale.max()] * w1.size(0)
+        a2_scales = list(module.down_proj_activation_scale.flatten())
     out = torch.zeros_like(hidden_states, dtype=torch.float64)
     for e in range(w1.size(0)):
         token, slot = torch.where(ids == e)
-        gate_up = tokens(hidden_states[token]) @ w1[e].t()
-        y = tokens(module._apply_gate(gate_up)) @ w2[e].t()
+        gate_up = in_fp8(module, hidden_states[token], a1_scales[e]) @ w1[e].t()
+        y = in_fp8(module, module._apply_gate(gate_up), a2_scales[e]) @ w2[e].t()
         out.index_add_(0, token, y * weights[token, slot, None].double())
     return out
+
+
+def dequantized(module: Any, name: str) -> Tensor:
+    weight, scale = getattr(module, name).double(), getattr(module, f"{name}_scale_inv").double()
+    rows, columns = module.block_size or (weight.size(1) // scale.size(1), weight.size(2))
+    return weight * scale.repeat_interleave(rows, 1).repeat_interleave(columns, 2)
+
+
+def in_fp8(module: Any, tokens: Tensor, scale: Tensor | None) -> Tensor:
+    """What tokens are once quantized: by a given scale, or each by its own, or each block of a token."""
+    columns = module.block_size[1] if module.block_size else tokens.size(-1)
+    groups = tokens.float().unflatten(-1, (-1, columns))
+    if scale is None:
+        scale = groups.abs().amax(-1, keepdim=True).clamp(min=2.0**-126) / 448
+    quantized = (groups / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return (quantized.double() * scale.double()).flatten(-2)
 
 
 @contextlib.contextmanager
@@ -123,14 +132,24 @@ def test_fp8_with_one_scale_an_expert(
     quantized = fp8_model(
         tmp_path, "qwen3_moe", device, weight_block_size=None, activation_scheme=activation_scheme
     )
+    scheme = "fp8_w8a8_channel"
     if activation_scheme == "static":
-        # As a checkpoint would have them.
+        scheme = "fp8_w8a8_tensor"
+        # Each expert has its own, so small that tokens are clamped: other scales give other results.
+        a1_scale, a2_scale = torch.linspace(0.005, 0.002, 8), torch.linspace(0.001, 0.02, 8)
         for experts in experts_of(quantized):
-            experts.gate_up_proj_activation_scale.fill_(0.02)
-            experts.down_proj_activation_scale.fill_(0.5)
-    result = logits(quantized, prompt(device))
-    scheme = "fp8_w8a8_channel" if activation_scheme == "dynamic" else "fp8_w8a8_tensor"
-    assert schemes_run == [scheme] * 2
+            experts.gate_up_proj_activation_scale.copy_(a1_scale)
+            experts.down_proj_activation_scale.copy_(a2_scale)
+        # Transformers can't take scales of stacked experts apart.
+        quantized.save_pretrained(tmp_path / "static", save_original_format=False)
+        quantized = load(tmp_path / "static", device)
+        for experts in experts_of(quantized):
+            assert torch.equal(experts.gate_up_proj_activation_scale.cpu(), a1_scale)
+            assert torch.equal(experts.down_proj_activation_scale.cpu(), a2_scale)
+    ids = prompt(device)
+    with each_fp8_layer_checked(quantized) as checked:
+        result = logits(quantized, ids)
+    assert schemes_run == [scheme] * len(checked) and len(checked) == 2
     assert torch.isfinite(result).all()
 
 

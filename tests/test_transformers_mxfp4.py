@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,16 @@ def test_mxfp4_checkpoint_is_saved_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "again"), ids), logits(load(tmp_path), ids))
 
 
+def test_mxfp4_models_are_pickled(tmp_path: Path) -> None:
+    mxfp4_checkpoint(tmp_path)
+    model, ids = load(tmp_path), prompt("cpu")
+    again = pickle.loads(pickle.dumps(model))
+    assert again.hf_quantizer.runs_compile_moe
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again"), ids), logits(model, ids))
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_mxfp4_compiles_once_and_generates(device: str, tmp_path: Path) -> None:
     mxfp4_checkpoint(tmp_path)
@@ -112,6 +123,20 @@ def test_mxfp4_of_float_checkpoints(tmp_path: Path, schemes_run: list[str]) -> N
     integration.quantize_experts(model, MXFP4)
     assert torch.equal(logits(quantized, ids), logits(model, ids))
     assert set(schemes_run) == {MXFP4}
+    quantized.save_pretrained(tmp_path / "quantized")
+    assert torch.equal(logits(load(tmp_path / "quantized"), ids), logits(model, ids))
+
+
+def test_mxfp4_of_other_classes_is_refused(tmp_path: Path, schemes_run: list[str]) -> None:
+    """Their weight conversions would make a checkpoint that nothing loads."""
+    make_model("qwen3_moe").save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"for GptOssExperts, got Qwen3MoeExperts at model\.layers\.0.*quantize_experts"
+    ):
+        load(tmp_path, quantization_config=transformers.Mxfp4Config())
+    skipping = transformers.Mxfp4Config(modules_to_not_convert=["model.layers.*.mlp.experts"])
+    logits(load(tmp_path, quantization_config=skipping), prompt("cpu"))
+    assert schemes_run == [""] * 2
 
 
 def test_mxfp4_asked_for_dequantized(tmp_path: Path, schemes_run: list[str]) -> None:

@@ -14,6 +14,9 @@ from compile_moe.modular_kernel import FusedMoEModularKernel
 from compile_moe.prepare_finalize import MoEPrepareAndFinalizeNoEP
 from compile_moe.quant_config import FusedMoEQuantConfig
 
+#: What to give as ``experts_implementation``.
+NAME = "compile_moe"
+
 
 class Operands(NamedTuple):
     """Weights (E, N, K) and (E, K, I) in their scheme's layout, and the dtype that the tokens are given."""

@@ -5,7 +5,10 @@ Parameters of a projection P (gate_up_proj or up_proj, and down_proj), in the la
 | Scheme | Weights | Scales | Zero points |
 |---|---|---|---|
 | mxfp4_w4a16, as gpt-oss' checkpoints have them | P_blocks, (E, N, K / 32, 16) | P_scales | |
-| the others | P | P_scale | P_zero_point, if there are any |
+| the others | P_quantized | P_scale | P_zero_point, if there are any |
+
+Only our implementation runs them. None is called P: with another ``experts_implementation`` the module says which
+attribute it lacks, and can't take stored integers for weights.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 from compile_moe.integrations.experts_module import Operands, float_weights, projections
 from compile_moe.quant_config import FusedMoEQuantConfig, find_scheme
 from compile_moe.quantization import QuantizedWeights
-from compile_moe.quantize_weights import quantize_weights
+from compile_moe.quantize_weights import check_quantizable, quantize_weights
 
 _MXFP4 = "mxfp4_w4a16"
 _ATTRIBUTE = "compile_moe_quantization"
@@ -36,7 +39,7 @@ class ExpertsQuantization:
 
     def names(self, projection: str) -> tuple[str, str, str]:
         """Parameters that hold weights, scales and zero points."""
-        weight, scale = ("_blocks", "_scales") if self.scheme == _MXFP4 else ("", "_scale")
+        weight, scale = ("_blocks", "_scales") if self.scheme == _MXFP4 else ("_quantized", "_scale")
         return f"{projection}{weight}", f"{projection}{scale}", f"{projection}_zero_point"
 
 
@@ -45,8 +48,21 @@ def quantization_of(module: Any) -> ExpertsQuantization | None:
     return getattr(module, _ATTRIBUTE, None)
 
 
+def check_module(module: Any, quantization: ExpertsQuantization, zero_points: bool = False) -> None:
+    """Check that a module has float weights which the scheme can hold; what changes a module does so first."""
+    held = quantization_of(module)
+    if held is not None:
+        raise ValueError(
+            f"{type(module).__name__} is quantized already, to {held.scheme}: quantize a model with float weights"
+        )
+    scheme = find_scheme(quantization.scheme, quantization.block_shape, quantization.group_size)
+    for projection, w in zip(projections(module), float_weights(module), strict=True):
+        check_quantizable(f"{type(module).__name__}.{projection}", w, scheme, zero_points)
+
+
 def quantize_module(module: Any, quantization: ExpertsQuantization, zero_points: bool = False) -> None:
     """Replace a module's float weights by quantized ones."""
+    check_module(module, quantization, zero_points)
     quantized = [
         quantize_weights(
             w.detach(),
@@ -63,13 +79,9 @@ def quantize_module(module: Any, quantization: ExpertsQuantization, zero_points:
 
 def declare_module(module: Any, quantization: ExpertsQuantization) -> None:
     """Replace a module's float weights by uninitialised quantized ones, without zero points, on the same device."""
+    check_module(module, quantization)
     scheme = find_scheme(quantization.scheme, quantization.block_shape, quantization.group_size)
     for projection, w in zip(projections(module), float_weights(module), strict=True):
-        if w.size(2) % scheme.column_multiple:
-            raise ValueError(
-                f"scheme {scheme.text} needs a K that is a multiple of {scheme.column_multiple}, got "
-                f"{type(module).__name__}.{projection} of (E, N, K) = {tuple(w.shape)}"
-            )
         weight = w.new_empty(scheme.weight_shape(*w.shape), dtype=scheme.weight_dtype)
         scale = w.new_empty(scheme.scale_shape(*w.shape), dtype=scheme.scale_dtype or w.dtype)
         _set_weights(module, quantization, projection, QuantizedWeights(weight, scale))

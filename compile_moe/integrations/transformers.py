@@ -17,11 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from compile_moe.integrations.experts_module import Operands, float_weights, is_experts, run_experts
+from compile_moe.integrations.experts_module import NAME, Operands, float_weights, is_experts, run_experts
 from compile_moe.integrations.fp8_experts import fp8_experts_forward
-from compile_moe.integrations.mxfp4_quantizer import extend_mxfp4_quantizer
 from compile_moe.integrations.quantized_experts import (
     ExpertsQuantization,
+    check_module,
     quantization_of,
     quantize_module,
     quantized_operands,
@@ -29,9 +29,6 @@ from compile_moe.integrations.quantized_experts import (
 from compile_moe.quant_config import find_scheme
 
 __all__ = ["NAME", "experts_forward", "fp8_experts_forward", "quantize_experts", "register"]
-
-#: What to give as ``experts_implementation``.
-NAME = "compile_moe"
 
 _REQUIREMENT = "transformers >= 5.17; install it by: pip install 'compile-moe[transformers]'"
 
@@ -55,7 +52,7 @@ def register() -> None:
         raise ImportError(f"{error}; compile_moe needs {_REQUIREMENT}") from error
     for interface, forward in zip(interfaces, (experts_forward, fp8_experts_forward), strict=True):
         interface.register(NAME, forward)
-    extend_mxfp4_quantizer(quantizers, NAME)
+    quantizers["mxfp4"] = _import("compile_moe.integrations.mxfp4_quantizer").Mxfp4Quantizer
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -95,9 +92,10 @@ def quantize_experts(
 ) -> None:
     """Quantize the experts of a model in place, one module after the other, and choose our implementation for it.
 
-    The weights become parameters in the scheme's layout: ``state_dict`` holds them, and ``load_state_dict`` takes them
-    on a model that was quantized alike. Don't call ``model.to(dtype)`` afterwards, which casts float8 weights and
-    scales too. ``save_pretrained`` writes no config for them.
+    The weights become parameters in the scheme's layout and under other names: ``state_dict`` holds them, and
+    ``load_state_dict`` takes them on a model that was quantized alike. Only our implementation runs them: with another
+    one, such as "eager", a forward raises AttributeError. ``save_pretrained`` has no format for them, and raises
+    RuntimeError from then on. Don't call ``model.to(dtype)`` afterwards, which casts float8 weights and scales too.
 
     Args:
         model: a PreTrainedModel with float experts of ``use_experts_implementation``.
@@ -105,7 +103,8 @@ def quantize_experts(
         zero_points: as for :func:`compile_moe.quantize_weights`.
 
     Raises:
-        ValueError, TypeError: no such scheme, no such experts, or sizes that don't divide.
+        ValueError, TypeError: no such scheme, no such experts, experts that are quantized already, or sizes that don't
+            divide. The model is then as it was.
     """
     find_scheme(scheme, block_shape, group_size)
     experts = [module for module in model.modules() if is_experts(module)]
@@ -113,11 +112,33 @@ def quantize_experts(
         raise ValueError(
             f"{type(model).__name__} has no experts that transformers dispatches by experts_implementation"
         )
+    quantization = ExpertsQuantization(
+        scheme, None if block_shape is None else tuple(block_shape), group_size
+    )
+    for module in experts:
+        check_module(module, quantization, zero_points)
     register()
     model.set_experts_implementation(NAME)
-    block = None if block_shape is None else tuple(block_shape)
+    _refuse_saving(model)
     for module in experts:
-        quantize_module(module, ExpertsQuantization(scheme, block, group_size), zero_points)
+        quantize_module(module, quantization, zero_points)
+
+
+def _refuse_saving(model: Any) -> None:
+    """Let save_pretrained of a model, and of the models in it that have experts, raise."""
+    for module in model.modules():
+        if hasattr(module, "save_pretrained") and any(map(is_experts, module.modules())):
+            # A function of this module: the model can still be copied and pickled.
+            module.save_pretrained = _save_pretrained
+
+
+def _save_pretrained(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        "save_pretrained has no format for experts that quantize_experts quantized: what it writes would load with "
+        "other weights. Save model.state_dict() with torch.save instead, and give it to load_state_dict of a model "
+        "that was made from the same config and quantized by quantize_experts with the same arguments; or save the "
+        "model before its experts are quantized, and quantize them each time after from_pretrained"
+    )
 
 
 def _import(name: str) -> Any:

@@ -101,16 +101,22 @@ def assert_compiles_once(model: Any, device: str) -> None:
         ids = prompt(device, length)
         if length == 7:
             torch._dynamo.mark_dynamic(ids, 1)
-        expected = logits(model, ids)
-        # A token here and there rounds to its other neighbour.
-        assert (logits(compiled, ids) - expected).norm() <= 0.02 * expected.norm()
+        assert_nearly(logits(compiled, ids), logits(model, ids))
     assert counter.frame_count == 1
 
 
 def assert_generates(model: Any, device: str) -> None:
-    """The tokens that follow from the logits of the whole sequence so far."""
+    """Each token's logits, with a cache, as they follow from the whole sequence so far."""
     ids = prompt(device)
-    given = model.generate(ids, max_new_tokens=4, do_sample=False, disable_compile=True)
-    for _ in range(4):
-        ids = torch.cat([ids, logits(model, ids)[:, -1:].argmax(-1)], 1)
-    assert torch.equal(given, ids)
+    options = {"do_sample": False, "disable_compile": True, "output_logits": True}
+    result = model.generate(ids, max_new_tokens=4, return_dict_in_generate=True, **options)
+    assert torch.equal(result.sequences[:, : ids.size(1)], ids)
+    assert len(result.logits) == result.sequences.size(1) - ids.size(1) == 4
+    for length, given in enumerate(result.logits, ids.size(1)):
+        assert_nearly(given, logits(model, result.sequences[:, :length])[:, -1])
+        assert torch.equal(result.sequences[:, length], given.argmax(-1))
+
+
+def assert_nearly(result: Tensor, expected: Tensor) -> None:
+    # A token here and there rounds to its other neighbour.
+    assert (result - expected).norm() <= 0.02 * expected.norm()
