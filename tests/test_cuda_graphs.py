@@ -185,6 +185,7 @@ def reserved_by(prepare: Callable[[], Callable[[], Any]]) -> int:
 
 def reserved_eagerly_and_by_graphs(module: Any, tokens: list[Tensor], mode: str) -> tuple[int, int]:
     """Bytes for the largest of ``tokens`` eagerly, and for graphs of all of them."""
+    torch._dynamo.reset()  # the pool of graphs before would serve these, too
     compiled = torch.compile(
         module,
         fullgraph=True,
