@@ -135,8 +135,8 @@ def test_fp8_with_one_scale_an_expert(
     scheme = "fp8_w8a8_channel"
     if activation_scheme == "static":
         scheme = "fp8_w8a8_tensor"
-        # As a checkpoint would have them: each expert its own, so small that tokens are clamped. Other scales would give
-        # other results.
+        # As a checkpoint would have them: each expert its own, so small that tokens are clamped. Other scales would
+        # give other results.
         for experts in experts_of(quantized):
             experts.gate_up_proj_activation_scale.copy_(torch.linspace(0.005, 0.002, 8))
             experts.down_proj_activation_scale.copy_(torch.linspace(0.001, 0.02, 8))
