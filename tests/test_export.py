@@ -97,7 +97,9 @@ def test_aot_inductor(with_options: bool, device: str, tmp_path: Path) -> None:
         inputs = [torch.randn(num_tokens, K, device=device) for num_tokens in (2, 9, 300)]
         torch.save([(x, block(x)) for x in inputs], tmp_path / "cases.pt")
     done = run_package(package, tmp_path)
-    if done.returncode < 0 and run_package(linear_layer(device, tmp_path), tmp_path).returncode < 0:  # by a signal
+    if (
+        done.returncode < 0 and run_package(linear_layer(device, tmp_path), tmp_path).returncode < 0
+    ):  # by a signal
         pytest.skip("AOTInductor's loader crashes here for a linear layer, too")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "ran"
