@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 import compile_moe
 from compile_moe.cli import app, bench, measurement, timing
+from compile_moe.cli.contestants import CONTESTANTS
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -75,6 +76,20 @@ def test_floor_of_the_experts(model: str, tmp_path: Path) -> None:
     # One token: two experts of 3 · 64 · 32 weights, 64 numbers in and out, 4 bytes each, at 0.1 TB/s.
     expected = (2 * 3 * 64 * 32 + 2 * 64) * 4 / 1e11 * 1e6
     assert ours["floor"] == grouped_mm["floor"] == pytest.approx(expected)
+
+
+def test_quantized_experts(model: str, tmp_path: Path) -> None:
+    """Against the same scheme in plain PyTorch; their floor counts their own bytes."""
+    file = tmp_path / "numbers.json"
+    arguments = ("--contestants", "mxfp4_w4a16,fp8_w8a8_channel,int4_w4a16", "--json", str(file))
+    result = run("--model", model, "--tokens", "1,9", "--part", "experts", *arguments)
+    assert result.exit_code == 0, result.output
+    *measured, missing, _ = json.loads(file.read_text())["measurements"]
+    for m in measured:
+        assert m["failure"] == "" and m["microseconds"] > 0 and m["error"] < 2e-2
+    expected = (2 * (3 * 64 * 32 * (1 / 2 + 1 / 32)) + 2 * 64 * 4) / 1e11 * 1e6
+    assert measured[0]["floor"] == pytest.approx(expected)
+    assert "multiple of 128" in missing["failure"]
 
 
 def test_wrong_results_are_not_timed(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -196,12 +211,11 @@ def test_peak_is_over_inputs_and_output(monkeypatch: pytest.MonkeyPatch) -> None
     [
         (
             ["--contestants", "tutel"],
-            "--contestants must be of compile_moe, grouped_mm, batched_mm, eager, vllm, sonicmoe, scattermoe, "
-            "triton_kernels, got tutel",
+            f"--contestants must be of {', '.join(CONTESTANTS)}, got tutel",
         ),
         (
             ["--contestants", "eager,vllm"],
-            "--contestants vllm: other libraries compute the experts alone; add --part experts",
+            "--contestants vllm: these compute the experts alone; add --part experts",
         ),
         (
             ["--num-experts", "8"],

@@ -86,7 +86,8 @@ def bench_command(
     contestants: Annotated[
         str,
         typer.Option(
-            help=f"Of {', '.join(CONTESTANTS)}, separated by commas; other libraries with --part experts only."
+            help=f"Of {', '.join(CONTESTANTS)}, separated by commas; schemes and other libraries with "
+            "--part experts only."
         ),
     ] = ",".join(BenchOptions.contestants),
     device: DeviceOption = None,

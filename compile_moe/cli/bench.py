@@ -192,8 +192,7 @@ def _check(options: BenchOptions) -> None:
     peers = [name for name in options.contestants if name in PEERS]
     if peers and options.part == "block":
         raise Refusal(
-            f"--contestants {','.join(peers)}: other libraries compute the experts alone; add --part experts, or leave "
-            "them out"
+            f"--contestants {','.join(peers)}: these compute the experts alone; add --part experts, or leave them out"
         )
     num_experts = options.shapes.num_experts if options.shapes else ()
     if options.plot is not None and len(options.tokens) > 1 and len(num_experts) > 1:

@@ -30,7 +30,7 @@ class Measurement(NamedTuple):
 
     microseconds: of one call. replayed: as a CUDA graph; otherwise the host launches it. host: microseconds until a
     call that is not replayed returns. kernels: of one call, by name. memory: bytes allocated at the peak over weights,
-    input and output. error: relative, against transformers' eager experts. work, floor: of the experts; floor in
+    input and output. error: relative, against the contestant's reference. work, floor: of the experts; floor in
     microseconds, by the ceilings of this run; None for a block. failure: why there are no numbers, or "". What only a
     GPU has is None on a CPU; num_experts, where not even the layer could be made.
     """

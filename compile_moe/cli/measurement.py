@@ -71,7 +71,7 @@ class Bench:
         arguments = [contestant.arguments(i) for i in inputs]
         heading = name, self.num_experts, tokens
         error = self._error(contestant, inputs, arguments)
-        if not error <= _MOST_ERROR[self.dtype]:
+        if not error <= (contestant.most_error or _MOST_ERROR[self.dtype]):
             return Measurement(*heading, error=error, failure=f"wrong result, by {error:.1e}")
         calls = [lambda taken=taken: contestant.call(*taken) for taken in arguments]
         memory = peak(calls[0], self.device) if on_gpu else None
@@ -79,7 +79,7 @@ class Bench:
         host = host_seconds(calls[0], self.device) * 1e6 if on_gpu else None
         replayed = on_gpu and contestant.replayable
         microseconds = seconds_per_call(calls, self.device, replayed) * 1e6
-        work = None if self.is_block else self._work(inputs)
+        work = None if self.is_block else self._work(inputs, contestant.expert_bytes)
         floor = None if work is None else work.floor(self.ceilings)
         return Measurement(*heading, microseconds, replayed, host, kernels, memory, error, work, floor)
 
@@ -97,13 +97,16 @@ class Bench:
     def _error(
         self, contestant: Contestant, inputs: Sequence[Inputs], arguments: Sequence[tuple[Any, ...]]
     ) -> float:
-        """Relative error of what is timed against eager experts: of the worst token, where the routing is given. A
+        """Relative error of what is timed against its reference: of the worst token, where the routing is given. A
         block may route some to other experts where two are about as good: of it, the median of the tokens.
         """
         errors = []
         for given, taken in zip(inputs, arguments, strict=True):
-            with using(self.layer, REFERENCE):
-                expected = self._added(self.reference.call(*self.reference.arguments(given)), given)
+            if contestant.reference is not None:
+                expected = self._added(contestant.reference(*taken), given)
+            else:
+                with using(self.layer, REFERENCE):
+                    expected = self._added(self.reference.call(*self.reference.arguments(given)), given)
             result = self._added(contestant.call(*taken), given)
             errors.append((result - expected).norm(dim=-1) / expected.norm(dim=-1))
         all_errors = torch.cat(errors)
@@ -113,12 +116,13 @@ class Bench:
         """What the experts added to the tokens, float32."""
         return result[0].float() - inputs.hidden_states.float() if self.is_block else result.float()
 
-    def _work(self, inputs: Sequence[Inputs]) -> Work:
+    def _work(self, inputs: Sequence[Inputs], expert_bytes: int | None) -> Work:
         hidden_states, ids, _ = inputs[0]
         elements = sum(p[0].numel() for p in self.experts.parameters() if p.dim() == 3)
         hit = sum(float(i.ids.unique().numel()) for i in inputs) / len(inputs)
-        num_bytes = (hit * elements + 2 * hidden_states.numel()) * hidden_states.element_size()
-        return Work(2 * ids.numel() * elements, num_bytes)
+        itemsize = hidden_states.element_size()
+        weights = hit * (elements * itemsize if expert_bytes is None else expert_bytes)
+        return Work(2 * ids.numel() * elements, weights + 2 * hidden_states.numel() * itemsize)
 
 
 def attempt(work: Callable[[], T]) -> T | str:

@@ -1,19 +1,21 @@
-"""What ``compile-moe bench`` times: a model's layer with each experts implementation of transformers, and the expert
-kernels of other libraries, one file each.
+"""What ``compile-moe bench`` times: a model's layer with each experts implementation of transformers, our experts in
+each quantization scheme, and the expert kernels of other libraries, one file each.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
-from compile_moe.cli.contestants import scattermoe, sonicmoe, triton_kernels, vllm
+from compile_moe.cli.contestants import quantized, scattermoe, sonicmoe, triton_kernels, vllm
 from compile_moe.cli.contestants.contestant import Contestant
 from compile_moe.cli.contestants.expert_weights import ExpertWeights, weights_of
 from compile_moe.cli.contestants.transformers_experts import NAMES, contestant_of
 from compile_moe.cli.moe_layer import MoELayer, experts_of
 
-#: Other libraries, which compute the experts alone.
+#: What computes the experts alone: ours in a quantization scheme, and other libraries.
 PEERS: dict[str, Callable[[ExpertWeights], Contestant]] = {
+    **{scheme: functools.partial(quantized.make, scheme) for scheme in quantized.NAMES},
     "vllm": vllm.make,
     "sonicmoe": sonicmoe.make,
     "scattermoe": scattermoe.make,

@@ -27,12 +27,18 @@ class Contestant(NamedTuple):
     call: returns (M, K), or a tuple that starts with it.
     replayable: whether a CUDA graph can hold the call: it doesn't wait for the GPU.
     versions: of the libraries behind it that have one.
+    reference: what its results are compared with, called alike; None for transformers' eager experts.
+    most_error: how much they may differ, relative, in the L2 norm of a token; None where the dtype says it.
+    expert_bytes: of one expert's weights; None where they are the model's.
     """
 
     arguments: Callable[[Inputs], tuple[Any, ...]]
     call: Callable[..., Any]
     replayable: bool = True
     versions: tuple[tuple[str, str], ...] = ()
+    reference: Callable[..., Any] | None = None
+    most_error: float | None = None
+    expert_bytes: int | None = None
 
 
 class Unavailable(Exception):
