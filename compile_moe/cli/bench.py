@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from compile_moe.cli import bench_plot
 from compile_moe.cli.bench_results import HostTime, Measurement, Results, as_json, tables
-from compile_moe.cli.contestants import CONTESTANTS, PEERS
+from compile_moe.cli.contestants import CONTESTANTS, EXPERTS_ONLY
 from compile_moe.cli.contestants.contestant import Contestant
 from compile_moe.cli.contestants.transformers_experts import REFERENCE
 from compile_moe.cli.explain import own_shape
@@ -189,10 +189,10 @@ def _check(options: BenchOptions) -> None:
     for tokens in options.tokens:
         if tokens < 1:
             raise Refusal(f"--tokens must be at least 1, got {tokens}")
-    peers = [name for name in options.contestants if name in PEERS]
-    if peers and options.part == "block":
+    alone = [name for name in options.contestants if name in EXPERTS_ONLY]
+    if alone and options.part == "block":
         raise Refusal(
-            f"--contestants {','.join(peers)}: these compute the experts alone; add --part experts, or leave them out"
+            f"--contestants {','.join(alone)}: these compute the experts alone; add --part experts, or leave them out"
         )
     num_experts = options.shapes.num_experts if options.shapes else ()
     if options.plot is not None and len(options.tokens) > 1 and len(num_experts) > 1:
