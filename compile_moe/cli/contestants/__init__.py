@@ -21,7 +21,10 @@ PEERS: dict[str, Callable[[ExpertWeights], Contestant]] = {
     "triton_kernels": triton_kernels.make,
 }
 #: What computes the experts alone: ours in each quantization scheme, too.
-EXPERTS_ONLY = {**{scheme: functools.partial(quantized.make, scheme) for scheme in quantized.NAMES}, **PEERS}
+EXPERTS_ONLY: dict[str, Callable[[ExpertWeights], Contestant]] = {
+    **{scheme: functools.partial(quantized.make, scheme) for scheme in quantized.NAMES},
+    **PEERS,
+}
 CONTESTANTS = (*NAMES, *EXPERTS_ONLY)
 
 
