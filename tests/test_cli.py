@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import compile_moe.integrations.transformers as integration
 from compile_moe.cli import app
 from compile_moe.cli.demo import DemoOptions
+from compile_moe.integrations import experts_module
 from tests.support.tiny_models import COMMON, tiny_model
 
 transformers = pytest.importorskip("transformers")
@@ -256,7 +257,7 @@ def test_experts_that_the_library_refuses(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise error("weights are quantized;\n  load them dequantized")
 
-    monkeypatch.setattr(integration, "fused_experts", refuse)
+    monkeypatch.setattr(experts_module, "fused_experts", refuse)
     line = refusal(invoke("demo", "--model", checkpoint, "--device", "cpu", "--max-new-tokens", "2"))
     assert line == "error: weights are quantized; load them dequantized"
 
