@@ -26,7 +26,7 @@ LINES = {
     "own_prepare_finalize_and_experts": "PaddedTokens with DenseExperts, compiled: equal to fused_experts",
     "first_call": "first compiled call, warm caches:",
     "opcheck_in_your_tests": "compile_moe::fused_moe: test_schema",
-    "quantization_error": "mxfp4_w4a16          0.",
+    "quantization_error": "mxfp4_w4a16            0.",
 }
 
 
