@@ -89,9 +89,9 @@ def test_legend_covers_nothing() -> None:
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
     for axes in figure.axes:
         assert not box.overlaps(axes.get_tightbbox())
-    colors = {line.get_color() for line in figure.axes[0].get_lines()}
-    markers = {line.get_marker() for line in figure.axes[0].get_lines()}
-    assert len(colors) == len(markers) == len(CONTESTANTS) + 1
+    lines = figure.axes[0].get_lines()
+    styles = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
+    assert len(styles) == len(CONTESTANTS) + 1
 
 
 def test_a_block_has_no_floor() -> None:

@@ -55,7 +55,7 @@ def picture(results: Results) -> Any:
         axes[0].text(0.5, 0.5, "nothing was measured", ha="center", transform=axes[0].transAxes)
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), frameon=False)
     return figure
 
 
@@ -63,7 +63,10 @@ def _draw_times(axes: Any, measured: list[Measurement], over_experts: bool) -> N
     for name, points in _by_contestant(measured):
         x = [_position(m, over_experts) for m in points]
         axes.plot(x, [m.microseconds for m in points], label=name, **_style(name))
-    floors = {_position(m, over_experts): m.floor for m in measured if m.floor is not None}
+    floors: dict[int, float] = {}
+    for m in measured:
+        if m.floor is not None:  # of quantized weights it is lower
+            floors[_position(m, over_experts)] = max(m.floor, floors.get(_position(m, over_experts), 0.0))
     if floors:
         axes.plot(*zip(*sorted(floors.items()), strict=True), label="floor of this run's ceilings", **_FLOOR)
     axes.set(title="Time of a call", ylabel="µs", yscale="log")
@@ -134,8 +137,9 @@ def _intensity(m: Measurement) -> float:
 def _style(name: str) -> dict[str, Any]:
     i = CONTESTANTS.index(name)
     return {
-        "color": _COLORS[i],
-        "marker": _MARKERS[i],
+        "color": _COLORS[i % len(_COLORS)],
+        "marker": _MARKERS[i % len(_MARKERS)],
+        "linestyle": "-" if i < len(_COLORS) else ":",
         "linewidth": 2.4 if i == 0 else 1.4,
         "markersize": 6,
         "zorder": 4 if i == 0 else 3,
