@@ -10,18 +10,16 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from typer.testing import CliRunner, Result
 
-from compile_moe.cli import app, tune, tune_search
+from compile_moe.cli import tune, tune_search
 from compile_moe.cli.refusal import Refusal
 from compile_moe.cli.tune import TuneOptions
 from compile_moe.cli.tune_inputs import Experts
 from compile_moe.cli.tune_search import DeviceCase, Found
-from compile_moe.cli.tune_steps import neighbours, starts
 from compile_moe.ops.kernels import tile_file, tile_space
-from compile_moe.ops.kernels.gemm_problem import GemmProblem
-from compile_moe.ops.kernels.tiles import DeviceLimits, device_limits
+from compile_moe.ops.kernels.tiles import device_limits
 from compile_moe.ops.tuning import Gemm, Shape, Tile
+from tests.support.command import tune_command as invoke
 from tests.support.simulated_gpu import simulated_gpu
 from tests.support.tuned_device import NAME, tuned_device
 
@@ -114,24 +112,6 @@ def test_every_tile_if_asked(tmp_path: Path) -> None:
     found_of_all, _ = run(tmp_path, every, TuneOptions(tokens=(1, 20), exhaustive=True))
     assert [each.tile for each in found] == [each.tile for each in found_of_all]
     assert set(few.timed) < set(every.timed)
-
-
-def test_steps_between_tiles() -> None:
-    limits = DeviceLimits(232448, async_mma=True, warp_specialized=True)
-    problem = GemmProblem(
-        "gather_gemm", 8, 2048, 768, "bfloat16", "16-bit", "concatenated", False, True, True
-    )
-    tiles = tile_space.tile_space(problem, 4096, limits)
-    first = tiles[-1]
-    begun = starts(first, tiles)
-    assert begun[0] == first and len(set(begun)) == len(begun) and set(begun) <= set(tiles)
-    assert {tile.block_m for tile in begun} == {tile.block_m for tile in tiles}
-    assert any(tile.warp_specialized for tile in begun) == any(tile.warp_specialized for tile in tiles)
-    for tile in begun:
-        for near in neighbours(tile, tiles):
-            assert near in tiles and tile in neighbours(near, tiles)
-            differing = [name for name, a, b in zip(Tile._fields, tile, near, strict=True) if a != b]
-            assert differing and len(set(differing) - {"num_warps"}) <= 1
 
 
 @pytest.mark.parametrize("exhaustive", [False, True])
@@ -287,39 +267,6 @@ def test_compiles_ahead_without_loading() -> None:
         for tile in tiles:
             case._kinds[0][0].run(tile)
         assert gpu.launched == ["scatter_gemm_kernel"] * 2
-
-
-def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["tune", *arguments], env={"COLUMNS": "200"})
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--device", "cpu"], "tune times kernels on a CUDA device, but got --device cpu"),
-        (["--device", "tpu"], "--device must be cpu, cuda or cuda:N, got tpu"),
-        (["--tokens", "0"], "--tokens must be at least 1, got 0"),
-        (["--tokens", "few"], "must be numbers separated by commas, got few"),
-        (["--skew", "-1"], "--skew must be at least 0 (all experts as likely) and finite, got -1.0"),
-        (["--topk", "2"], "a shape of your own needs --hidden-size"),
-        (["--topk", "2", "--model", "mixtral-8x7b"], "--model or a shape of your own, not both"),
-    ],
-    ids=lambda value: "-".join(value).strip("-") if isinstance(value, list) else "",
-)
-def test_refusals(arguments: list[str], message: str) -> None:
-    result = invoke(*arguments)
-    assert result.exit_code == 2
-    assert message in " ".join(result.output.replace("│", " ").split())
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
-def test_without_a_gpu() -> None:
-    result = invoke()
-    assert result.exit_code == 2
-    assert result.stderr == (
-        f"error: tune times kernels on a CUDA device, but torch {torch.__version__} sees no CUDA device here; "
-        "run it on the machine whose tiles you want\n"
-    )
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -44,27 +44,6 @@ def test_bad_maxima(scaling: str, scale: Tensor | None, maxima: Tensor, message:
         quantize_tokens(torch.ones(3, 4), scaling, scale, maxima)
 
 
-def test_a_gpu_without_float8(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Named, with what has it and what to use; int8 is not refused."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    from compile_moe.ops.quantize_tokens import no_kernel
-
-    device = torch.device("cuda", 0)
-    message = no_kernel(torch.float8_e4m3fn, device)
-    for part in (
-        "torch.float8_e4m3fn on cuda:0, NVIDIA A100",
-        "8.9",
-        "this is 8.0",
-        "int8",
-        "dequantize_weights",
-    ):
-        assert part in message, message
-    assert no_kernel(torch.int8, device) == no_kernel(torch.float8_e4m3fn, torch.device("cpu")) == ""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    assert no_kernel(torch.float8_e4m3fn, device) == ""
-
-
 def doubled(x: Tensor, scaling: str, *given: Tensor | None) -> tuple[Tensor, Tensor]:
     """With a neighbour that rounds nothing."""
     return quantize_tokens(x * 2, scaling, *given)

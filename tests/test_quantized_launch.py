@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
-import compile_moe
-from compile_moe.fused_experts import fused_experts
 from compile_moe.ops import quantized_gather_gemm, quantized_scatter_gemm
 from compile_moe.ops.kernels.quantized.operands import steps_of
 from compile_moe.ops.kernels.quantized.tiles import tile_candidates
 from compile_moe.ops.kernels.tiles import DeviceLimits
-from compile_moe.ops.quantized_format import check_capability, weight_format
+from compile_moe.ops.quantized_format import weight_format
 from compile_moe.quantization import SCHEMES
 from tests.support.launchers import launch
 from tests.support.quantized import VARIANTS, Quantized, Variant, make_quantized
@@ -85,40 +81,3 @@ def test_schemes_say_how_they_are_multiplied(scheme: str) -> None:
         assert made.packed == 1 and scaling.dtype is made.weight_dtype
         if scaling.per == "group":
             assert scaling.group_size == made.scale_block[1]
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0)])
-def test_float8_needs_a_gpu_that_multiplies_it(
-    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "GPU")
-
-    class OnGPU(torch.Tensor):
-        is_cuda = True
-
-    w = torch.empty(1, 2, 2, dtype=torch.float8_e4m3fn).as_subclass(OnGPU)
-    if capability >= (8, 9):
-        check_capability("quantized_gather_gemm", w, "fp8_w8a8_channel()")
-        return
-    with pytest.raises(
-        NotImplementedError, match=r"8\.9 or higher, got GPU of 8\.\d; dequantize .*dequantize_weights"
-    ):
-        check_capability("quantized_gather_gemm", w, "fp8_w8a8_channel()")
-    check_capability("quantized_gather_gemm", torch.empty(1, dtype=torch.int8), "int8_w8a8_channel()")
-
-
-@pytest.mark.parametrize("variant", DEFAULTS)
-def test_warm_up_takes_quantized_weights(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr(
-        sys.modules["compile_moe.warm_up"],
-        "fused_experts",
-        lambda *args, **options: seen.append((args, options)),
-    )
-    for dtype in (None, torch.float16):
-        q = make_quantized(DEFAULTS[variant], biased=True, dtype=dtype or torch.bfloat16)
-        biases = {"w1_bias": q.layer.w1_bias, "w2_bias": q.layer.w2_bias}
-        compile_moe.warm_up(q.q1.weight, q.q2.weight, 2, quant_config=q.config(), dtype=dtype, **biases)
-        args, options = seen.pop()
-        assert fused_experts(*args, **options).dtype is (dtype or torch.bfloat16)

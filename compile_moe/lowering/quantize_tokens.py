@@ -21,7 +21,8 @@ from compile_moe.lowering.inductor_compat import (
     quotient,
     row_maxima,
 )
-from compile_moe.ops.quantize_tokens import no_kernel, quantize_tokens
+from compile_moe.ops.float8_support import no_float8
+from compile_moe.ops.quantize_tokens import quantize_tokens
 from compile_moe.quantization import TokenScaling, parse_scaling
 from compile_moe.quantization.rounding import LARGEST, LEAST_SCALE
 
@@ -35,7 +36,7 @@ def _lowering(tokens: Any, scaling: str, scale: Any = None, maxima: Any = None) 
     parsed = parse_scaling(scaling)
     m, k = tokens.get_size()
     width = _width(parsed, k)
-    if maxima is not None or width is None or 0 in (m, k) or no_kernel(parsed.dtype, tokens.get_device()):
+    if maxima is not None or width is None or 0 in (m, k) or no_float8(parsed.dtype, tokens.get_device()):
         return call(quantize_tokens, tokens, scaling, scale, maxima)
     load = tokens.make_loader()
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compile_moe.ops.float8_support import no_float8
 from compile_moe.ops.kernels.quantize_per_tensor import quantize_per_tensor
 from compile_moe.ops.kernels.quantize_tokens import quantize_tokens as quantize_per_share
 from compile_moe.ops.problem_size import check_device, check_float_dtype, require, require_type, shape
@@ -24,9 +25,6 @@ from compile_moe.ops.quantized_operands import check_token_scale
 from compile_moe.ops.registry import OutputSpec, define_op
 from compile_moe.quantization import parse_scaling
 from compile_moe.quantization.rounding import LARGEST
-
-#: The least compute capability on which Triton has float8_e4m3fn.
-FP8_CAPABILITY = (8, 9)
 
 
 def _check(tokens: Tensor, scaling: str, scale: Tensor | None = None, maxima: Tensor | None = None) -> None:
@@ -80,30 +78,14 @@ def _launch(
     maxima: Tensor | None = None,
 ) -> None:
     parsed = parse_scaling(scaling)
-    reason = no_kernel(parsed.dtype, tokens.device)
-    if reason:
-        raise NotImplementedError(reason)
+    if reason := no_float8(parsed.dtype, tokens.device):
+        raise NotImplementedError(f"compile_moe::quantize_tokens: {reason}")
     largest = LARGEST[parsed.dtype]
     if parsed.per == "tensor":
         quantize_per_tensor(*outputs, tokens, scale, maxima, largest)
     else:
         width = parsed.group_size if parsed.per == "group" else tokens.size(1)
         quantize_per_share(*outputs, tokens, width, largest)
-
-
-def no_kernel(dtype: torch.dtype, device: torch.device) -> str:
-    """Why tokens can't be quantized to ``dtype`` on a device; "" if they can."""
-    if dtype is not torch.float8_e4m3fn or device.type != "cuda":
-        return ""
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= FP8_CAPABILITY:
-        return ""
-    needed, given = (".".join(map(str, c)) for c in (FP8_CAPABILITY, capability))
-    return (
-        f"tokens can't be quantized to {dtype} on {device}, {torch.cuda.get_device_name(device)}: Triton has that "
-        f"dtype from compute capability {needed} (Ada, Hopper, Blackwell) on, this is {given}. Use a scheme that "
-        "quantizes tokens to int8 or not at all, or dequantize the weights once with compile_moe.dequantize_weights"
-    )
 
 
 quantize_tokens = define_op(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor
 
+from compile_moe.ops.float8_support import no_float8
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
 from compile_moe.quantization import parse_scheme
 
@@ -23,12 +23,5 @@ def weight_format(scheme: str) -> WeightFormat:
 
 def check_capability(name: str, w: Tensor, scheme: str) -> None:
     """Raise NotImplementedError where a GPU doesn't multiply the scheme's weights as they are stored."""
-    if w.dtype is not torch.float8_e4m3fn or not w.is_cuda:
-        return
-    capability = torch.cuda.get_device_capability(w.device)
-    if capability < (8, 9):
-        raise NotImplementedError(
-            f"compile_moe::{name}: scheme {scheme} needs a GPU that multiplies float8_e4m3fn, of compute capability "
-            f"8.9 or higher, got {torch.cuda.get_device_name(w.device)} of {capability[0]}.{capability[1]}; dequantize "
-            "the weights once with compile_moe.dequantize_weights, and pass them without quant_config or scales"
-        )
+    if reason := no_float8(w.dtype, w.device):
+        raise NotImplementedError(f"compile_moe::{name}: scheme {scheme}: {reason}")
