@@ -2,8 +2,9 @@
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.hostile_shapes
 
-An argument names a part of it (layers, many_rows, quantized, others), to run them side by side. Without the caching
-allocator each tensor is an allocation of its own, so that an overrun of one is seen.
+Arguments name a part of it (layers, many_rows, quantized, routing, compiled) and a share of its cases (`layers 0 3` is
+every third), to run them side by side: the sanitizer rewrites each kernel on one core. Without the caching allocator
+each tensor is an allocation of its own, so that an overrun of one is seen.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 import compile_moe
 from compile_moe import FusedMoEModularKernel, MoEPrepareAndFinalizeNoEP, TritonExperts
@@ -44,6 +46,7 @@ SIZES: tuple[dict[str, Any], ...] = (
     {"M": 150, "K": 136, "I": 72, "E": 3},
     {"M": 900, "K": 64, "I": 264, "E": 4, "topk": 2},
 )
+Share = Callable[[Iterable[Any]], Iterator[Any]]
 MANY_SIZES = ("plain", "transposed", "biased", "mapped", "skipped", "strided")
 
 
@@ -60,15 +63,15 @@ def row_softmax(gate_up: Tensor) -> Tensor:
     return gate.softmax(-1) * up
 
 
-def layers(device: str) -> int:
+def layers(device: str, share: Share) -> int:
     count = 0
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    for (name, case), dtype in itertools.product(CASES.items(), dtypes):
+    for dtype, (name, case) in share(itertools.product(dtypes, CASES.items())):
         for size in SIZES if name in MANY_SIZES else ({},):
             layer = make_layer(**{**case, **size}, dtype=dtype, device=device)
             assert_as_accurate(compile_moe.fused_experts(*layer.args, **layer.options), layer)
             count += 1
-    for case in ("skipped", "skipped-mapped", "M0"):
+    for case in share(("skipped", "skipped-mapped", "M0")):
         layer = make_layer(**CASES[case], dtype=torch.bfloat16, device=device)
         kernel = FusedMoEModularKernel(OwnFinalize(), TritonExperts())
         assert_as_accurate(kernel(*layer.args, expert_map=layer.expert_map), layer)
@@ -80,29 +83,31 @@ def layers(device: str) -> int:
     return count
 
 
-def many_rows(device: str) -> int:
+def many_rows(device: str, share: Share) -> int:
     """The warp-specialized GEMMs, on Hopper."""
     if torch.cuda.get_device_capability(device)[0] != 9:
         return 0
+    count = 0
     with warp_specialized_wherever_possible():
-        for case, dtype in itertools.product(LAYERS.values(), (torch.bfloat16, torch.float16)):
+        for case, dtype in share(itertools.product(LAYERS.values(), (torch.bfloat16, torch.float16))):
             layer = make_layer(**case, dtype=dtype, device=device)
             assert_as_accurate(compile_moe.fused_experts(*layer.args, **layer.options), layer)
+            count += 1
         layer = make_layer(M=700, K=128, I=64, E=4, skipped=True, dtype=torch.bfloat16, device=device)
         kernel = FusedMoEModularKernel(OwnFinalize(), TritonExperts())
         assert_as_accurate(kernel(*layer.args), layer)
         layer.topk_ids.fill_(-1)
         assert_as_accurate(compile_moe.fused_experts(*layer.args), layer)
         assert_both_were_launched()
-    return 2 * len(LAYERS) + 2
+    return count + 2
 
 
-def quantized_gemms(device: str) -> int:
+def quantized_gemms(device: str, share: Share) -> int:
     """Each scheme with operands in allocations of their own, packed and spread out."""
     count = 0
     float8 = torch.cuda.get_device_capability(device) >= (8, 9)
     sizes: tuple[dict[str, Any], ...] = {"M": 3}, {"M": 150, "K": 136, "I": 72}
-    for variant, size in itertools.product(ALL_VARIANTS.values(), sizes):
+    for variant, size in share(itertools.product(ALL_VARIANTS.values(), sizes)):
         if variant.made.weight_dtype is torch.float8_e4m3fn and not float8:
             continue
         gemms = Gemms(make_quantized(variant, biased=True, skipped=True, dtype=torch.bfloat16, **size))
@@ -133,8 +138,11 @@ def ids_far_out_of_range(device: str) -> None:
         compile_moe.fused_experts(*few.args, **few.options)
 
 
-def routers(device: str) -> None:
-    for m, (e, topk) in itertools.product((1, 7, 65, 600), ((1, 1), (3, 2), (35, 5), (128, 8), (512, 10))):
+def routing(device: str, share: Share) -> int:
+    """Routers, sorts, and the activation as an op of its own."""
+    count = 0
+    shapes = (1, 1), (3, 2), (35, 5), (128, 8), (512, 10)
+    for m, (e, topk) in share(itertools.product((1, 7, 65, 600), shapes)):
         for dtype, scoring in itertools.product((torch.bfloat16, torch.float32), ("softmax", "topk_softmax")):
             logits = torch.randn(m, e, device=device, dtype=dtype)
             for op in (route_tokens, route_and_sort_tokens):
@@ -143,25 +151,25 @@ def routers(device: str) -> None:
         groups = 5 if e == 35 else 1
         for op in (route_tokens, route_and_sort_tokens):
             op(torch.randn(m, e, device=device), topk, "sigmoid", bias, groups, max(1, groups - 1), True, 2.5)
-
-
-def compiled(device: str) -> None:
-    """What inductor makes of finalize, map included."""
-    torch._dynamo.reset()
-    layer = make_layer(**CASES["skipped-mapped"], dtype=torch.bfloat16, device=device)
-    with torch.no_grad():
-        function = torch.compile(compile_moe.fused_experts, fullgraph=True)
-        assert_as_accurate(function(*layer.args, **layer.options), layer)
-
-
-def others(device: str) -> int:
-    """What is no layer."""
-    for columns in (2, 34, 2050):
+        count += 10
+    for columns in share((2, 34, 2050)):
         act_and_mul(torch.randn(3, columns, device=device), program_text("silu"))
+        count += 1
     ids_far_out_of_range(device)
-    routers(device)
-    compiled(device)
-    return 4
+    return count + 4
+
+
+def compiled(device: str, share: Share) -> int:
+    """What inductor makes of finalize, map included."""
+    count = 0
+    with torch.no_grad():
+        for case in share(("skipped", "skipped-mapped")):
+            torch._dynamo.reset()
+            layer = make_layer(**CASES[case], dtype=torch.bfloat16, device=device)
+            function = torch.compile(compile_moe.fused_experts, fullgraph=True)
+            assert_as_accurate(function(*layer.args, **layer.options), layer)
+            count += 1
+    return count
 
 
 @contextmanager
@@ -177,19 +185,31 @@ def loading_only_what_runs() -> Iterator[None]:
         yield
 
 
-PARTS = {"layers": layers, "many_rows": many_rows, "quantized": quantized_gemms, "others": others}
+PARTS: dict[str, Callable[[str, Share], int]] = {
+    "layers": layers,
+    "many_rows": many_rows,
+    "quantized": quantized_gemms,
+    "routing": routing,
+    "compiled": compiled,
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("part", nargs="?", choices=PARTS, help="to run parts side by side; all by default")
-    part = parser.parse_args().part
+    parser.add_argument("first", nargs="?", type=int, default=0, help="of the cases of that part")
+    parser.add_argument("step", nargs="?", type=int, default=1, help="to the next of them")
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         print("needs a CUDA device")
         return 2
-    with loading_only_what_runs():
-        for name in [part] if part else PARTS:
-            print(f"{name}: {PARTS[name]('cuda')} cases ran")
+
+    def share(cases: Iterable[Any]) -> Iterator[Any]:
+        return itertools.islice(cases, options.first, None, options.step)
+
+    with loading_only_what_runs(), inductor_config.patch(compile_threads=1):
+        for name in [options.part] if options.part else PARTS:
+            print(f"{name}: {PARTS[name]('cuda', share)} cases ran", flush=True)
     torch.cuda.synchronize()
     return 0
 
