@@ -9,10 +9,13 @@ from torch import Tensor
 from compile_moe.ops.epilogue import parse
 from compile_moe.ops.kernels import (
     act_and_mul,
+    batch_tokens,
     gather_gemm,
+    reduce_batch,
     route_and_sort_tokens,
     route_tokens,
     scatter_gemm,
+    sort_batch,
     sort_tokens,
     weight_and_reduce,
 )
@@ -140,6 +143,30 @@ def test_sort_and_finalize(capability: int, mapped: bool) -> None:
     compile_launch(
         weight_and_reduce.launch_for(out, fused_out, weights, ids, expert_map, e, True), capability
     )
+
+
+# E, max_num_tokens, columns, topk, dtype of tokens.
+BATCHES = {
+    "qwen3-30b": (128, 256, 2048, 8, torch.bfloat16),
+    "quantized": (128, 256, 2048, 8, torch.uint8),
+    "scales": (128, 256, 16, 8, torch.float32),
+    "odd": (7, 33, 77, 3, torch.float32),
+    "512-experts": (512, 1024, 2048, 10, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("case", BATCHES)
+def test_batches(case: str, capability: int) -> None:
+    e, rows, k, topk, dtype = BATCHES[case]
+    m = 600
+    batch, tokens, counts = empty(e, rows, k, dtype=dtype), empty(m, k, dtype=dtype), empty(e)
+    batch_rows, order = empty(m, topk), (empty(m * topk), empty(e + 1))
+    compile_launch(batch_tokens.launch_for(batch, batch_rows, counts, counts, tokens, *order), capability)
+    compile_launch(sort_batch.launch_for(empty(e * rows), empty(e + 1), counts, rows), capability)
+    if dtype.is_floating_point:
+        out, weights = empty(m, k, dtype=dtype), empty(m, topk, dtype=torch.float32)
+        compile_launch(reduce_batch.launch_for(out, batch, weights, batch_rows, True), capability)
 
 
 # E, topk, scoring, groups, groups of a token.

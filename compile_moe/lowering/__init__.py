@@ -12,12 +12,19 @@ def register() -> None:
 
     Called again and again: others may have replaced the passes since, for good or for one compile.
     """
-    from compile_moe.lowering import act_and_mul, graph_passes, quantize_tokens, weight_and_reduce
+    from compile_moe.lowering import (
+        act_and_mul,
+        graph_passes,
+        quantize_tokens,
+        reduce_batch,
+        weight_and_reduce,
+    )
     from compile_moe.lowering.fusion_warning import warn_once
     from compile_moe.lowering.inductor_compat import missing_for_fusion
 
     act_and_mul.register()
     weight_and_reduce.register()
+    reduce_batch.register()
     quantize_tokens.register()
     graph_passes.register()
     reasons = missing_for_fusion()

@@ -13,6 +13,7 @@ import torch
 from compile_moe.lowering import inductor_compat as inductor
 from compile_moe.lowering.graph_edits import name_of
 from compile_moe.ops.act_and_mul import act_and_mul
+from compile_moe.ops.reduce_batch import reduce_batch
 from compile_moe.ops.weight_and_reduce import weight_and_reduce
 
 # What makes no work of its own in a generated kernel.
@@ -46,7 +47,7 @@ class ScheduledKernel(NamedTuple):
 
 def _is_lowered(node: torch.fx.Node) -> bool:
     namespace = getattr(node.target, "namespace", "aten")
-    return namespace in ("aten", "prims") or node.target in (act_and_mul, weight_and_reduce)
+    return namespace in ("aten", "prims") or node.target in (act_and_mul, weight_and_reduce, reduce_batch)
 
 
 class _Scheduled(Exception):

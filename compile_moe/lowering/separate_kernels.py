@@ -9,8 +9,10 @@ from torch import Tensor, fx
 from compile_moe.lowering.graph_edits import name_of
 from compile_moe.lowering.scheduled_kernels import ScheduledKernel
 from compile_moe.ops.problem_size import shape
+from compile_moe.ops.reduce_batch import reduce_batch
 from compile_moe.ops.weight_and_reduce import weight_and_reduce
 
+_FINALIZE = weight_and_reduce, reduce_batch
 _REDUCTIONS = {
     *("amax", "amin", "any", "argmax", "argmin", "max", "mean", "min", "prod", "sum", "var", "var_mean"),
 }
@@ -26,7 +28,7 @@ def separate_from_finalize(kernels: Sequence[ScheduledKernel]) -> list[str]:
             owners.setdefault(node, []).append(index)
     lines: list[str] = []
     for index, finalize in enumerate(kernels):
-        if not finalize.generated or all(node.target is not weight_and_reduce for node in finalize.own):
+        if not finalize.generated or all(node.target not in _FINALIZE for node in finalize.own):
             continue
         neighbours = []
         for other, kernel in enumerate(kernels):

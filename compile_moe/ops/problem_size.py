@@ -172,14 +172,27 @@ def check_weight(name: str, layout: str, w: Tensor) -> None:
 
 def check_sorted(sorted_slots: Tensor, expert_offsets: Tensor, num_tokens: int, topk: int, w: Tensor) -> None:
     """Check the outputs of ``sort_tokens`` against the tokens and weights they are used with."""
+    check_order(sorted_slots, expert_offsets, num_tokens, topk, w.size(0), "w", w)
+
+
+def check_order(
+    sorted_slots: Tensor,
+    expert_offsets: Tensor,
+    num_tokens: int,
+    topk: int,
+    num_experts: int,
+    reference_name: str,
+    reference: Tensor,
+) -> None:
+    """Check the outputs of ``sort_tokens``; the reference has their device."""
     require(topk >= 1, lambda: f"topk must be at least 1, got {topk}")
     require(
         sorted_slots.dim() == 1 and sorted_slots.size(0) == num_tokens * topk,
         lambda: f"sorted_slots must be (M * topk,) = ({num_tokens} * {topk},), got {shape(sorted_slots)}",
     )
     require(
-        expert_offsets.dim() == 1 and expert_offsets.size(0) == w.size(0) + 1,
-        lambda: f"expert_offsets must be (E + 1,) = ({w.size(0) + 1},), got {shape(expert_offsets)}",
+        expert_offsets.dim() == 1 and expert_offsets.size(0) == num_experts + 1,
+        lambda: f"expert_offsets must be (E + 1,) = ({num_experts + 1},), got {shape(expert_offsets)}",
     )
     require_type(
         sorted_slots.dtype is torch.int32 and expert_offsets.dtype is torch.int32,
@@ -187,7 +200,19 @@ def check_sorted(sorted_slots: Tensor, expert_offsets: Tensor, num_tokens: int, 
             f"sorted_slots and expert_offsets must be int32, got {sorted_slots.dtype} and {expert_offsets.dtype}"
         ),
     )
-    check_device("w", w, sorted_slots=sorted_slots, expert_offsets=expert_offsets)
+    check_device(reference_name, reference, sorted_slots=sorted_slots, expert_offsets=expert_offsets)
+
+
+def check_batch_size(num_experts: int, max_num_tokens: int) -> None:
+    """Check the sizes of a batch (E, max_num_tokens, columns), whose rows have 32-bit numbers."""
+    require(max_num_tokens >= 1, lambda: f"max_num_tokens must be at least 1, got {max_num_tokens}")
+    require(
+        num_experts * max_num_tokens < 2**31 - 1,
+        lambda: (
+            f"a batch must have fewer than 2^31 - 1 rows, got {num_experts} experts of {max_num_tokens}; lower "
+            "max_num_tokens"
+        ),
+    )
 
 
 def check_bias(name: str, bias: Tensor | None, layout: str, w: Tensor) -> None:

@@ -44,6 +44,12 @@ def stage_inputs(layer: Layer) -> dict[str, tuple[Any, ...]]:
     num_experts = w1.size(0)
     logits = torch.randn(m, num_experts, device=x.device).to(x.dtype)
     bias = torch.rand(num_experts, device=x.device)
+    # Every expert gets a token more than it has rows for, so that all rows are written: opcheck compares all.
+    tokens = torch.randn(m + 1, w2.size(1), device=x.device).to(x.dtype)
+    to_all = sort_tokens_torch(torch.arange(topk, device=x.device).expand(m + 1, topk), topk)
+    batch = torch.randn(num_experts, 3, w2.size(1), device=x.device).to(x.dtype)
+    batch_rows = torch.randint(-1, num_experts * 3, (m, topk), dtype=torch.int32, device=x.device)
+    counts = torch.arange(-1, num_experts - 1, dtype=torch.int32, device=x.device)
     router = (logits, min(topk, num_experts), "sigmoid", bias, 1, 1, True, 2.5, 1e-6, 0.5)
     return {
         "route_tokens": router,
@@ -53,6 +59,9 @@ def stage_inputs(layer: Layer) -> dict[str, tuple[Any, ...]]:
         "act_and_mul": (gate_up, epilogue),
         "scatter_gemm": (rows, w2, slots, offsets, m, topk, layer.w2_bias, True),
         "weight_and_reduce": (fused_out, weights, ids, layer.expert_map, w1.size(0), True),
+        "sort_batch": (counts, 3),
+        "batch_tokens": (tokens, *to_all, topk, max(1, m)),
+        "reduce_batch": (batch, weights, batch_rows, True),
         "grouped_linear": (rows, w2, offsets, layer.w2_bias),
         "fused_moe": (
             x,

@@ -40,6 +40,7 @@ _VIEWING = {
     _aten.transpose.int,
     _aten.unsqueeze.default,
     _aten.view.default,
+    _aten.view.dtype,
 }
 
 
