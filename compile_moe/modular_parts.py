@@ -40,6 +40,8 @@ class FusedMoEPrepareAndFinalize(ABC):
     #: slot). The kernel uses it where ``finalize`` is the very function that it names as its counterpart.
     reduce: Callable[..., Tensor] | None = None
     reduce_counterpart: Callable[..., None] | None = None
+    #: Whether ``reduce`` takes the experts' results as a batch (E, max_num_tokens, K) instead of (M, topk, K).
+    reduces_batches: bool = False
 
     @abstractmethod
     def prepare(
@@ -83,7 +85,8 @@ class FusedMoEPrepareAndFinalize(ABC):
         Args:
             output: (M, K), written in place. Filled with zeros, unless the layer runs in place: then it is
                 hidden_states.
-            fused_expert_output: (M, topk, K), unweighted and unreduced; zeros in slots that nobody computed.
+            fused_expert_output: (M, topk, K), unweighted and unreduced; zeros in slots that nobody computed. In the
+                batched format (E, max_num_tokens, K), where rows without a token hold anything.
             topk_weights, topk_ids: (M, topk), as given to the layer.
             apply_router_weight_on_input: True: the weights were applied already.
         """
@@ -154,7 +157,7 @@ class FusedMoEPermuteExpertsUnpermute(ABC):
         """Run the experts on prepared tokens.
 
         Args:
-            hidden_states: (M, K) from ``prepare``.
+            hidden_states: (M, K) from ``prepare``, or in the batched format (E, max_num_tokens, K).
             w1: (E, N, K), w2: (E, K, I).
             topk_ids: (M, topk), dispatched.
             activation: as given to the layer.
@@ -164,7 +167,8 @@ class FusedMoEPermuteExpertsUnpermute(ABC):
             expert_num_tokens: (E,), tokens of each expert in the batched format, else None.
 
         Returns:
-            (M, topk, K), unweighted and unreduced; finite zeros in slots that nobody computes.
+            (M, topk, K), unweighted and unreduced; finite zeros in slots that nobody computes. In the batched format
+            (E, max_num_tokens, K), where rows without a token may be left unwritten.
         """
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compile_moe.activations import ActivationLike
+from compile_moe.experts.ordered_rows import OrderedRows
 from compile_moe.experts.quantized import QuantizedLayer
 from compile_moe.modular_parts import FusedMoEPermuteExpertsUnpermute
 from compile_moe.ops.fused_moe import check_biases, check_experts, check_id_space, is_autocast
@@ -47,28 +48,64 @@ class BuiltInExperts(FusedMoEPermuteExpertsUnpermute):
         self.w2_bias = w2_bias
 
     @abstractmethod
+    def sort_tokens(
+        self, topk_ids: Tensor, num_experts: int, expert_map: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Sorted slots and expert offsets, as the op ``sort_tokens``."""
+
+    @abstractmethod
+    def sort_batch(self, expert_num_tokens: Tensor, max_num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Sorted slots and expert offsets, as the op ``sort_batch``."""
+
+    @abstractmethod
     def compute(
         self,
         hidden_states: Tensor,
         w1: Tensor,
         w2: Tensor,
-        topk_ids: Tensor,
+        order: OrderedRows,
         activation: ActivationLike,
-        expert_map: Tensor | None,
         zero_skipped: bool,
     ) -> Tensor:
-        """Expert outputs (M, topk, K); slots that nobody computes are zeros if ``zero_skipped``."""
+        """Expert outputs (num_tokens, topk, K) of hidden_states (num_tokens, K); slots that nobody computes are zeros
+        if ``zero_skipped``.
+        """
 
     @abstractmethod
     def compute_quantized(
-        self,
-        layer: QuantizedLayer,
-        topk_ids: Tensor,
-        activation: ActivationLike,
-        expert_map: Tensor | None,
-        zero_skipped: bool,
+        self, layer: QuantizedLayer, order: OrderedRows, activation: ActivationLike, zero_skipped: bool
     ) -> Tensor:
         """``compute`` for a quantized layer."""
+
+    def check_format(
+        self,
+        hidden_states: Tensor,
+        a1q_scale: Tensor | None,
+        w1: Tensor,
+        w2: Tensor,
+        topk_ids: Tensor,
+        expert_num_tokens: Tensor | None,
+    ) -> None:
+        """Check that ``prepare`` returned the format of tokens that this class takes."""
+        require(
+            hidden_states.dim() == 2 and expert_num_tokens is None,
+            lambda: (
+                f"{type(self).__name__} takes tokens (M, K) without expert_num_tokens, got {shape(hidden_states)}"
+                f"{'' if expert_num_tokens is None else ' with them'}; the batched format (E, max_num_tokens, K) is "
+                "for BatchedTritonExperts and BatchedTorchExperts"
+            ),
+        )
+
+    def order_of(
+        self,
+        w1: Tensor,
+        topk_ids: Tensor,
+        expert_map: Tensor | None,
+        expert_num_tokens: Tensor | None,
+    ) -> OrderedRows:
+        """The order of the rows that ``compute`` gets."""
+        m, topk = topk_ids.shape
+        return OrderedRows(*self.sort_tokens(topk_ids, w1.size(0), expert_map), m, topk)
 
     def workspace_shapes(
         self, a: Tensor, M: int, N: int, K: int, topk: int, num_experts: int
@@ -153,20 +190,27 @@ class BuiltInExperts(FusedMoEPermuteExpertsUnpermute):
         name = type(self).__name__
         if self.quant_config is None:
             refuse_scales(name, **scales)
-        require(
-            hidden_states.dim() == 2 and expert_num_tokens is None,
-            lambda: (
-                f"{name} takes tokens (M, K) without expert_num_tokens, got {shape(hidden_states)}; the batched "
-                "format (E, max_num_tokens, K) needs an experts class for it"
-            ),
-        )
+        self.check_format(hidden_states, a1q_scale, w1, w2, topk_ids, expert_num_tokens)
+        batch_sizes = None
+        if hidden_states.dim() == 3:
+            # Rows like any others, each a slot; those without a token are nobody's to fill.
+            batch_sizes, zero_skipped = hidden_states.shape[:2], False
+            if a1q_scale is not None and a1q_scale.dim() == 3:
+                scales["a1q_scale"] = a1q_scale.flatten(0, 1)
+            hidden_states = hidden_states.flatten(0, 1)
         if self.quant_config is None:
             check_experts(hidden_states, w1, w2, topk_ids, global_num_experts, expert_map)
             check_biases(w1, w2, self.w1_bias, self.w2_bias)
-            return self.compute(hidden_states, w1, w2, topk_ids, activation, expert_map, zero_skipped)
-        check_id_space(w1, topk_ids, global_num_experts, expert_map)
-        layer = self._quantized_layer(self.quant_config, hidden_states, w1, w2, workspace13.dtype, **scales)
-        return self.compute_quantized(layer, topk_ids, activation, expert_map, zero_skipped)
+            order = self.order_of(w1, topk_ids, expert_map, expert_num_tokens)
+            out = self.compute(hidden_states, w1, w2, order, activation, zero_skipped)
+        else:
+            check_id_space(w1, topk_ids, global_num_experts, expert_map)
+            layer = self._quantized_layer(
+                self.quant_config, hidden_states, w1, w2, workspace13.dtype, **scales
+            )
+            order = self.order_of(w1, topk_ids, expert_map, expert_num_tokens)
+            out = self.compute_quantized(layer, order, activation, zero_skipped)
+        return out if batch_sizes is None else out.view(*batch_sizes, out.size(-1))
 
     def _quantized_layer(
         self,

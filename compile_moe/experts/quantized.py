@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compile_moe.activations import ActivationLike, call_activation, resolve_activation
+from compile_moe.experts.ordered_rows import OrderedRows
 from compile_moe.modular_parts import FusedMoEPermuteExpertsUnpermute
 from compile_moe.ops.fused_moe import check_intermediate
 from compile_moe.ops.quantize_tokens import quantize_tokens
@@ -34,9 +35,8 @@ class QuantizedLayer(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """The token sort and both GEMMs, with the parameters of the ops."""
+    """Both GEMMs, with the parameters of the ops."""
 
-    sort: Callable[..., tuple[Tensor, Tensor]]
     gather: Callable[..., Tensor]
     scatter: Callable[..., Tensor]
 
@@ -45,15 +45,13 @@ def run_quantized(
     experts: FusedMoEPermuteExpertsUnpermute,
     stages: Stages,
     layer: QuantizedLayer,
-    topk_ids: Tensor,
+    order: OrderedRows,
     activation: ActivationLike,
-    expert_map: Tensor | None,
     zero_skipped: bool,
 ) -> Tensor:
-    """Expert outputs (M, topk, K) in the activations' dtype."""
+    """Expert outputs (num_tokens, topk, K) in the activations' dtype."""
     facts, w1, w2, out_dtype = layer.facts, layer.w1, layer.w2, layer.out_dtype
-    m, topk = topk_ids.shape
-    slots, offsets = stages.sort(topk_ids, w1.size(0), expert_map)
+    slots, offsets, m, topk = order
     epilogue, function = "", None
     if not experts.overrides_activation:
         like = layer.hidden_states.new_empty((0,), dtype=out_dtype)

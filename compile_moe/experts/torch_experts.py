@@ -7,25 +7,20 @@ from torch import Tensor
 
 from compile_moe.activations import ActivationLike, call_activation, resolve_activation
 from compile_moe.experts.built_in import BuiltInExperts
+from compile_moe.experts.ordered_rows import OrderedRows
 from compile_moe.experts.quantized import QuantizedLayer, Stages, run_quantized, without_skipped
 from compile_moe.graph_constants import constant_in_graphs
 from compile_moe.ops.epilogue import ProgramTuples, evaluate_steps, parse
 from compile_moe.ops.fused_moe import check_intermediate
 from compile_moe.ops.grouped_linear import grouped_linear
 from compile_moe.ops.quantized_grouped_linear import quantized_grouped_linear
+from compile_moe.ops.sort_batch import sort_batch_torch
 from compile_moe.ops.sort_tokens import sort_tokens, sort_tokens_torch
 
 
 @constant_in_graphs
 def _program(epilogue: str) -> ProgramTuples:
     return parse(epilogue).as_tuples()
-
-
-def _sort(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None) -> tuple[Tensor, Tensor]:
-    # On CPU the op is the same PyTorch, with a check of the ids' values.
-    sort = sort_tokens if topk_ids.device.type == "cpu" else sort_tokens_torch
-    result: tuple[Tensor, Tensor] = sort(topk_ids, num_experts, expert_map)
-    return result
 
 
 def _quantized_gather(
@@ -86,18 +81,27 @@ class TorchExperts(BuiltInExperts):
     The per-expert loop reads the token counts on the host: on CUDA it synchronizes and can't be captured.
     """
 
+    def sort_tokens(
+        self, topk_ids: Tensor, num_experts: int, expert_map: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        # On CPU the op is the same PyTorch, with a check of the ids' values.
+        sort = sort_tokens if topk_ids.device.type == "cpu" else sort_tokens_torch
+        result: tuple[Tensor, Tensor] = sort(topk_ids, num_experts, expert_map)
+        return result
+
+    def sort_batch(self, expert_num_tokens: Tensor, max_num_tokens: int) -> tuple[Tensor, Tensor]:
+        return sort_batch_torch(expert_num_tokens, max_num_tokens)
+
     def compute(
         self,
         hidden_states: Tensor,
         w1: Tensor,
         w2: Tensor,
-        topk_ids: Tensor,
+        order: OrderedRows,
         activation: ActivationLike,
-        expert_map: Tensor | None,
         zero_skipped: bool,
     ) -> Tensor:
-        m, topk = topk_ids.shape
-        slots, offsets = _sort(topk_ids, w1.size(0), expert_map)
+        slots, offsets, m, topk = order
         rows = slots.long()
         gate_up = grouped_linear(hidden_states[rows // topk], w1, offsets, self.w1_bias)
         if self.overrides_activation:
@@ -116,12 +120,7 @@ class TorchExperts(BuiltInExperts):
         return out.view(m, topk, w2.size(1))
 
     def compute_quantized(
-        self,
-        layer: QuantizedLayer,
-        topk_ids: Tensor,
-        activation: ActivationLike,
-        expert_map: Tensor | None,
-        zero_skipped: bool,
+        self, layer: QuantizedLayer, order: OrderedRows, activation: ActivationLike, zero_skipped: bool
     ) -> Tensor:
-        stages = Stages(_sort, _quantized_gather, _quantized_scatter)
-        return run_quantized(self, stages, layer, topk_ids, activation, expert_map, zero_skipped)
+        stages = Stages(_quantized_gather, _quantized_scatter)
+        return run_quantized(self, stages, layer, order, activation, zero_skipped)

@@ -6,12 +6,15 @@ from torch import Tensor
 
 from compile_moe.activations import ActivationLike, call_activation, resolve_activation
 from compile_moe.experts.built_in import BuiltInExperts
+from compile_moe.experts.ordered_rows import OrderedRows
 from compile_moe.experts.quantized import QuantizedLayer, Stages, run_quantized
-from compile_moe.ops.fused_moe import check_intermediate, run_experts
+from compile_moe.ops.fused_moe import check_intermediate, run_gemms
 from compile_moe.ops.gather_gemm import gather_gemm
 from compile_moe.ops.quantized_gather_gemm import quantized_gather_gemm
 from compile_moe.ops.quantized_scatter_gemm import quantized_scatter_gemm
+from compile_moe.ops.registry import implementation
 from compile_moe.ops.scatter_gemm import scatter_gemm
+from compile_moe.ops.sort_batch import sort_batch
 from compile_moe.ops.sort_tokens import sort_tokens
 
 
@@ -22,34 +25,47 @@ class TritonExperts(BuiltInExperts):
     between the GEMMs instead of in the epilogue.
     """
 
+    def sort_tokens(
+        self, topk_ids: Tensor, num_experts: int, expert_map: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = implementation(sort_tokens, topk_ids, expert_map)(
+            topk_ids, num_experts, expert_map
+        )
+        return result
+
+    def sort_batch(self, expert_num_tokens: Tensor, max_num_tokens: int) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = implementation(sort_batch, expert_num_tokens)(
+            expert_num_tokens, max_num_tokens
+        )
+        return result
+
     def compute(
         self,
         hidden_states: Tensor,
         w1: Tensor,
         w2: Tensor,
-        topk_ids: Tensor,
+        order: OrderedRows,
         activation: ActivationLike,
-        expert_map: Tensor | None,
         zero_skipped: bool,
     ) -> Tensor:
+        slots, offsets, m, topk = order
         function = None
         if not self.overrides_activation:
             epilogue, function, _ = resolve_activation(activation, w1.size(1), hidden_states)
             if function is None:
                 check_intermediate(w1, w2, activation, not epilogue.startswith("ungated"))
-                return run_experts(
+                return run_gemms(
                     hidden_states,
                     w1,
                     w2,
-                    topk_ids,
+                    slots,
+                    offsets,
+                    topk,
                     epilogue,
-                    expert_map,
                     self.w1_bias,
                     self.w2_bias,
                     zero_skipped,
                 )
-        m, topk = topk_ids.shape
-        slots, offsets = sort_tokens(topk_ids, w1.size(0), expert_map)
         # The caller's code may read every row, also those of skipped slots.
         gate_up = gather_gemm(hidden_states, w1, slots, offsets, topk, self.w1_bias, "", True)
         if function is None:
@@ -60,12 +76,7 @@ class TritonExperts(BuiltInExperts):
         return scatter_gemm(intermediate, w2, slots, offsets, m, topk, self.w2_bias, zero_skipped)
 
     def compute_quantized(
-        self,
-        layer: QuantizedLayer,
-        topk_ids: Tensor,
-        activation: ActivationLike,
-        expert_map: Tensor | None,
-        zero_skipped: bool,
+        self, layer: QuantizedLayer, order: OrderedRows, activation: ActivationLike, zero_skipped: bool
     ) -> Tensor:
-        stages = Stages(sort_tokens, quantized_gather_gemm, quantized_scatter_gemm)
-        return run_quantized(self, stages, layer, topk_ids, activation, expert_map, zero_skipped)
+        stages = Stages(quantized_gather_gemm, quantized_scatter_gemm)
+        return run_quantized(self, stages, layer, order, activation, zero_skipped)

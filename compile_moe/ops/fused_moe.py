@@ -54,7 +54,7 @@ def check_call(
         hidden_states.dim() == 2,
         lambda: (
             f"hidden_states must be (M, K), got {shape(hidden_states)}; flatten the leading dimensions "
-            "(batched experts (E, max_num_tokens, K) are not supported by this class)"
+            "(prepare makes the batched format (E, max_num_tokens, K); as the layer's input it is not supported)"
         ),
     )
     num_experts, m, _, k, topk = _moe_problem_size(hidden_states, w1, w2, topk_ids)
@@ -159,12 +159,30 @@ def run_experts(
     zero_skipped: bool,
 ) -> Tensor:
     """Token sort, GEMM 1 with its epilogue, GEMM 2: (M, topk, K), unweighted and unreduced."""
-    m, topk = topk_ids.shape
-    tensors = hidden_states, w1, w2, topk_ids, expert_map, w1_bias, w2_bias
-    sort, gather, scatter = (implementation(op, *tensors) for op in (sort_tokens, gather_gemm, scatter_gemm))
+    sort = implementation(sort_tokens, topk_ids, expert_map)
     slots, offsets = sort(topk_ids, w1.size(0), expert_map)
+    return run_gemms(
+        hidden_states, w1, w2, slots, offsets, topk_ids.size(1), epilogue, w1_bias, w2_bias, zero_skipped
+    )
+
+
+def run_gemms(
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    slots: Tensor,
+    offsets: Tensor,
+    topk: int,
+    epilogue: str,
+    w1_bias: Tensor | None,
+    w2_bias: Tensor | None,
+    zero_skipped: bool,
+) -> Tensor:
+    """GEMM 1 with its epilogue and GEMM 2 on tokens (M, K) in this order: (M, topk, K)."""
+    tensors = hidden_states, w1, w2, slots, w1_bias, w2_bias
+    gather, scatter = (implementation(op, *tensors) for op in (gather_gemm, scatter_gemm))
     intermediate = gather(hidden_states, w1, slots, offsets, topk, w1_bias, epilogue)
-    return scatter(intermediate, w2, slots, offsets, m, topk, w2_bias, zero_skipped)
+    return scatter(intermediate, w2, slots, offsets, hidden_states.size(0), topk, w2_bias, zero_skipped)
 
 
 def weight_input(hidden_states: Tensor, topk_weights: Tensor) -> Tensor:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from compile_moe.modular_parts import FusedMoEPrepareAndFinalize, PrepareResult
-from compile_moe.ops.fused_moe import is_autocast, weight_input, write_reduced
+from compile_moe.ops.fused_moe import write_reduced
 from compile_moe.ops.problem_size import require, shape
-from compile_moe.ops.quantize_tokens import quantize_tokens
 from compile_moe.ops.weight_and_reduce import weight_and_reduce
-from compile_moe.quant_config import (
-    FusedMoEQuantConfig,
-    check_static_scale,
-    given_once,
-    refuse_scales,
-    require_quant_config,
-)
+from compile_moe.prepare_finalize.quantized_input import quantized_input
+from compile_moe.quant_config import FusedMoEQuantConfig, require_quant_config
 
 
 class MoEPrepareAndFinalizeNoEP(FusedMoEPrepareAndFinalize):
@@ -45,47 +38,17 @@ class MoEPrepareAndFinalizeNoEP(FusedMoEPrepareAndFinalize):
 
         Under autocast they are cast to its dtype first, where there is a config.
         """
-        if self.quant_config is None:
-            refuse_scales(type(self).__name__, a1_scale=a1_scale, a2_scale=a2_scale)
-        require(a1.dim() == 2, lambda: f"a1 must be (M, K), got {shape(a1)}")
-        if apply_router_weight_on_input:
-            topk = topk_ids.size(1)
-            require(topk == 1, lambda: f"apply_router_weight_on_input needs topk = 1, got topk = {topk}")
-            a1 = weight_input(a1, topk_weights)
-        if self.quant_config is None:
-            return PrepareResult(a1)
-        return self._quantized(self.quant_config, a1, a1_scale, a2_scale)
-
-    def _quantized(
-        self,
-        config: FusedMoEQuantConfig,
-        a1: Tensor,
-        a1_scale: Tensor | None,
-        a2_scale: Tensor | None,
-    ) -> PrepareResult:
-        facts = config.facts
-        a1_scale = given_once("a1_scale", a1_scale, config.a1_scale)
-        a2_scale = given_once("a2_scale", a2_scale, config.a2_scale)
-        check_static_scale(facts, "a1_scale", a1_scale)
-        check_static_scale(facts, "a2_scale", a2_scale)
-        if (a1_scale is None) != (a2_scale is None):
-            given = "a1_scale" if a2_scale is None else "a2_scale"
-            raise ValueError(
-                f"a1_scale and a2_scale must be given both (static) or neither (dynamic), got {given} only: both GEMMs "
-                "are quantized alike"
-            )
-        device_type = a1.device.type
-        if is_autocast(device_type) and a1.dtype is not torch.float64:
-            a1 = a1.to(torch.get_autocast_dtype(device_type))
-        if not facts.scaling:
-            return PrepareResult(a1)
-        # One scale for all: a token is quantized before it is known where it goes.
-        if a1_scale is not None and a1_scale.numel() > 1:
-            a1_scale = a1_scale.amax()
-        static = None if a1_scale is None else a1_scale.reshape(1)
-        quantized, scales = quantize_tokens(a1, facts.scaling, static)
-        # A given scale is not copied, as the op has to.
-        return PrepareResult(quantized, scales if static is None else static)
+        tokens = quantized_input(
+            type(self).__name__,
+            self.quant_config,
+            a1,
+            a1_scale,
+            a2_scale,
+            topk_weights,
+            topk_ids,
+            apply_router_weight_on_input,
+        )
+        return PrepareResult(*tokens)
 
     def finalize(
         self,

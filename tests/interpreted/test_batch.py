@@ -73,7 +73,7 @@ def test_batch_tokens(case: dict[str, Any], max_num_tokens: int) -> None:
 def test_batch_of_quantized_tokens(dtype: torch.dtype) -> None:
     layer = make_layer(M=9)
     arguments = (layer.hidden_states.to(dtype), *sort_tokens_torch(layer.topk_ids, 5), 2, 18)
-    batch, rows, counts, _ = launch(batch_tokens, *arguments)
+    batch, _, counts, _ = launch(batch_tokens, *arguments)
     expected = batch_tokens(*arguments)[0]
     holds_token = torch.arange(18) < counts.unsqueeze(1)
     assert torch.equal(batch.view(torch.uint8)[holds_token], expected.view(torch.uint8)[holds_token])
