@@ -19,7 +19,6 @@ from compile_moe import (
     Activation,
     FusedMoEModularKernel,
     MoEPrepareAndFinalizeNoEP,
-    PrepareResult,
     TorchExperts,
     TritonExperts,
 )
@@ -67,7 +66,7 @@ def meta(t: Tensor) -> Tensor:
 CHANGES: dict[str, Change] = {
     "x-1d": ("hidden_states", lambda t: t[0], ValueError, r"hidden_states must be \(M, K\), got \(48,\)"),
     "x-3d": ("hidden_states", lambda t: t[None], ValueError, r"\(M, K\), got \(1, 9, 48\); flatten"),
-    "x-batched": ("hidden_states", lambda t: t.new_zeros(5, 9, 48), ValueError, r"got \(5, 9, 48\).*not supported"),
+    "x-batched": ("hidden_states", lambda t: t.new_zeros(5, 9, 48), ValueError, r"got \(5, 9, 48\).*prepare makes"),
     "w1-2d": ("w1", lambda t: t[0], ValueError, r"w1 must be \(E, N, K\).* got \(80, 48\)"),
     "w2-2d": ("w2", lambda t: t[0], ValueError, r"w2 \(E, K, I\), got \(5, 80, 48\) and \(48, 40\)"),
     "ids-1d": ("topk_ids", lambda t: t[:, 0], ValueError, r"topk_ids must be \(M, topk\), got \(9,\)"),
@@ -288,14 +287,6 @@ def test_prepare_that_returns_something_else(prepared: Callable[[Tensor], Any]) 
         FusedMoEModularKernel(Preparing(prepared), TritonExperts())(*make_layer().args)
 
 
-def test_batched_tokens_need_an_experts_class_for_them() -> None:
-    kernel = FusedMoEModularKernel(Preparing(lambda a: PrepareResult(a.new_zeros(5, 9, 48))), TritonExperts())
-    with pytest.raises(
-        ValueError, match=r"TritonExperts takes tokens \(M, K\).*got \(5, 9, 48\); the batched format"
-    ):
-        kernel(*make_layer().args)
-
-
 def test_messages() -> None:
     """How they read: one of each class."""
     shown = ("x-3d", "K-of-w1", "mixed-w1", "fp8-x", "w1-elsewhere", "global-experts", "unknown-activation")
@@ -308,8 +299,8 @@ def test_messages() -> None:
     assert_expected_inline(
         shown_text,
         """\
-ValueError: hidden_states must be (M, K), got (1, 9, 48); flatten the leading dimensions (batched
-experts (E, max_num_tokens, K) are not supported by this class)
+ValueError: hidden_states must be (M, K), got (1, 9, 48); flatten the leading dimensions (the
+batched format (E, max_num_tokens, K) is what prepare makes of tokens)
 ValueError: hidden_states (M, K), w1 (E, N, K) and w2 (E, K, I) must agree in K, got (9, 48), (5,
 80, 40) and (5, 48, 40)
 TypeError: w1 must have the dtype of hidden_states, torch.float32, got torch.bfloat16; convert one

@@ -95,6 +95,38 @@ CHANGES: dict[str, list[Change]] = {
         ("map-2d", 3, lambda t: t[None], ValueError, r"expert_map must be .*got \(1, 10\)"),
         ("no-experts", 4, lambda t: -1, ValueError, r"num_experts must be given with topk_ids, got -1"),
     ],
+    # counts (5,), 3 rows of each
+    "sort_batch": [
+        ("counts-2d", 0, lambda t: t[None], ValueError, r"expert_num_tokens must be \(E,\) .*got \(1, 5\)"),
+        ("no-experts", 0, lambda t: t[:0], ValueError, r"with at least one expert, got \(0,\)"),
+        ("counts-float", 0, lambda t: t.float(), TypeError, r"must be int32 or int64, got torch.float32"),
+        ("no-rows", 1, lambda n: 0, ValueError, r"max_num_tokens must be at least 1, got 0"),
+        ("too-many-rows", 1, lambda n: 2**30, ValueError, r"got 5 experts of 1073741824; lower max_num_tokens"),
+    ],
+    # tokens (10, 48), topk = 2, 9 rows of each of 2 experts
+    "batch_tokens": [
+        ("tokens-1d", 0, lambda t: t[0], ValueError, r"tokens must be \(M, C\), got \(48,\)"),
+        ("tokens-int64", 0, lambda t: t.long(), TypeError, r"one of .*float8_e4m3fn.*int8, got torch.int64"),
+        ("tokens-fewer", 0, lambda t: t[:4], ValueError, r"sorted_slots must be .*4 \* 2,\), got \(20,\)"),
+        ("slots-int64", 1, lambda t: t.long(), TypeError, r"must be int32, got torch.int64 and torch.int32"),
+        ("slots-elsewhere", 1, lambda t: t.to("meta"), ValueError, r"device of tokens, cpu, got meta"),
+        ("offsets-2d", 2, lambda t: t[None], ValueError, r"expert_offsets must be .*\(3,\), got \(1, 3\)"),
+        ("no-experts", 2, lambda t: t[:1], ValueError, r"with at least one expert, got \(1,\)"),
+        ("topk-0", 3, lambda n: 0, ValueError, r"topk must be at least 1, got 0"),
+        ("no-rows", 4, lambda n: 0, ValueError, r"max_num_tokens must be at least 1, got 0"),
+    ],
+    # batch (5, 3, 48)
+    "reduce_batch": [
+        ("batch-2d", 0, lambda t: t[0], ValueError, r"must be \(E, max_num_tokens, K\) .*got \(3, 48\)"),
+        ("no-experts", 0, lambda t: t[:0], ValueError, r"with at least one expert, got \(0, 3, 48\)"),
+        ("no-rows", 0, lambda t: t[:, :0], ValueError, r"max_num_tokens must be at least 1, got 0"),
+        ("batch-int", 0, lambda t: t.int(), TypeError, r"batch must be one of .*, got torch.int32"),
+        ("weights-fewer", 1, lambda t: t[:4], ValueError, r"topk_weights must be .*\(9, 2\), got \(4, 2\)"),
+        ("weights-int", 1, lambda t: t.int(), TypeError, r"topk_weights must be floating point, got torch.int32"),
+        ("rows-1d", 2, lambda t: t[0], ValueError, r"batch_rows must be \(M, topk\) .*got \(2,\)"),
+        ("rows-int64", 2, lambda t: t.long(), TypeError, r"batch_rows must be int32, got torch.int64"),
+        ("rows-elsewhere", 2, lambda t: t.to("meta"), ValueError, r"batch_rows must be on .*cpu, got meta"),
+    ],
     "grouped_linear": [
         ("rows-1d", 0, lambda t: t[0], ValueError, r"rows must be \(S, K\) .*got \(40,\)"),
         ("rows-int", 0, lambda t: t.int(), TypeError, r"rows must be one of .*, got torch.int32"),

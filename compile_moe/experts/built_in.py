@@ -191,6 +191,11 @@ class BuiltInExperts(FusedMoEPermuteExpertsUnpermute):
         if self.quant_config is None:
             refuse_scales(name, **scales)
         self.check_format(hidden_states, a1q_scale, w1, w2, topk_ids, expert_num_tokens)
+        if self.quant_config is None:
+            check_experts(hidden_states, w1, w2, topk_ids, global_num_experts, expert_map)
+            check_biases(w1, w2, self.w1_bias, self.w2_bias)
+        else:
+            check_id_space(w1, topk_ids, global_num_experts, expert_map)
         batch_sizes = None
         if hidden_states.dim() == 3:
             # Rows like any others, each a slot; those without a token are nobody's to fill.
@@ -199,12 +204,9 @@ class BuiltInExperts(FusedMoEPermuteExpertsUnpermute):
                 scales["a1q_scale"] = a1q_scale.flatten(0, 1)
             hidden_states = hidden_states.flatten(0, 1)
         if self.quant_config is None:
-            check_experts(hidden_states, w1, w2, topk_ids, global_num_experts, expert_map)
-            check_biases(w1, w2, self.w1_bias, self.w2_bias)
             order = self.order_of(w1, topk_ids, expert_map, expert_num_tokens)
             out = self.compute(hidden_states, w1, w2, order, activation, zero_skipped)
         else:
-            check_id_space(w1, topk_ids, global_num_experts, expert_map)
             layer = self._quantized_layer(
                 self.quant_config, hidden_states, w1, w2, workspace13.dtype, **scales
             )

@@ -54,7 +54,7 @@ def check_call(
         hidden_states.dim() == 2,
         lambda: (
             f"hidden_states must be (M, K), got {shape(hidden_states)}; flatten the leading dimensions "
-            "(prepare makes the batched format (E, max_num_tokens, K); as the layer's input it is not supported)"
+            "(the batched format (E, max_num_tokens, K) is what prepare makes of tokens)"
         ),
     )
     num_experts, m, _, k, topk = _moe_problem_size(hidden_states, w1, w2, topk_ids)
@@ -94,7 +94,7 @@ def check_experts(
     """Check the tokens that experts with float weights get, their weights, and the space of the ids."""
     k = w2.size(1)
     require(
-        hidden_states.size(1) == k and w1.size(2) == k,
+        hidden_states.size(-1) == k and w1.size(2) == k,
         lambda: (
             f"hidden_states (M, K), w1 (E, N, K) and w2 (E, K, I) must agree in K, got {shape(hidden_states)}, "
             f"{shape(w1)} and {shape(w2)}"
