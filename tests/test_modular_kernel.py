@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 import compile_moe
 from compile_moe import (
+    BatchedPrepareAndFinalize,
+    BatchedTorchExperts,
+    BatchedTritonExperts,
     FusedMoEModularKernel,
     FusedMoEPermuteExpertsUnpermute,
     FusedMoEPrepareAndFinalize,
@@ -56,6 +59,11 @@ PUBLISHED: dict[str, tuple[Callable[..., Any], str]] = {
     "triton-workspace_shapes": (TritonExperts.workspace_shapes, _WORKSPACE_SHAPES),
     "torch-apply": (TorchExperts.apply, _APPLY),
     "torch-workspace_shapes": (TorchExperts.workspace_shapes, _WORKSPACE_SHAPES),
+    "batched-prepare": (BatchedPrepareAndFinalize.prepare, _PREPARE),
+    "batched-finalize": (BatchedPrepareAndFinalize.finalize, _FINALIZE),
+    "batched-triton-apply": (BatchedTritonExperts.apply, _APPLY),
+    "batched-triton-workspace_shapes": (BatchedTritonExperts.workspace_shapes, _WORKSPACE_SHAPES),
+    "batched-torch-apply": (BatchedTorchExperts.apply, _APPLY),
 }
 
 

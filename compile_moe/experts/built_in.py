@@ -203,14 +203,13 @@ class BuiltInExperts(FusedMoEPermuteExpertsUnpermute):
             if a1q_scale is not None and a1q_scale.dim() == 3:
                 scales["a1q_scale"] = a1q_scale.flatten(0, 1)
             hidden_states = hidden_states.flatten(0, 1)
+        order = self.order_of(w1, topk_ids, expert_map, expert_num_tokens)
         if self.quant_config is None:
-            order = self.order_of(w1, topk_ids, expert_map, expert_num_tokens)
             out = self.compute(hidden_states, w1, w2, order, activation, zero_skipped)
         else:
             layer = self._quantized_layer(
                 self.quant_config, hidden_states, w1, w2, workspace13.dtype, **scales
             )
-            order = self.order_of(w1, topk_ids, expert_map, expert_num_tokens)
             out = self.compute_quantized(layer, order, activation, zero_skipped)
         return out if batch_sizes is None else out.view(*batch_sizes, out.size(-1))
 

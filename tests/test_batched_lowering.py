@@ -1,0 +1,77 @@
+"""What inductor makes of the batched format: finalize fuses with its neighbours, and the kernels of a layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compile_moe import BatchedPrepareAndFinalize, BatchedTritonExperts, FusedMoEModularKernel
+from compile_moe.ops import reduce_batch
+from tests.support.fake_cuda import cuda_empty, generated_kernels
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+E, ROWS, K, I = 64, 32, 2048, 768
+
+
+def finalize_block(
+    batch: Tensor, weights: Tensor, rows: Tensor, shared: Tensor, residual: Tensor, norm_weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    h = reduce_batch(batch, weights, rows) + shared + residual
+    return h, F.rms_norm(h, norm_weight.shape, norm_weight, 1e-6)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("topk", [1, 2, 8, 10])
+def test_finalize_residual_and_norm_are_one_kernel(topk: int, dynamic: bool) -> None:
+    def make() -> list[Tensor]:
+        routing = cuda_empty(32, topk, dtype=torch.float32), cuda_empty(32, topk, dtype=torch.int32)
+        return [cuda_empty(E, ROWS, K), *routing, cuda_empty(32, K), cuda_empty(32, K), cuda_empty(K)]
+
+    dims = [(i, 0) for i in range(1, 5)] if dynamic else []
+    generated = generated_kernels(finalize_block, make, dims)
+    assert generated.extern_calls == generated.op_calls == []
+    assert len(generated.triton_kernels) == 1, generated.triton_kernels
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_kernels_of_a_layer(dynamic: bool) -> None:
+    """No buffers, no copies, no filling of rows; the counter costs nothing."""
+    parts = BatchedPrepareAndFinalize(ROWS)
+    kernel = FusedMoEModularKernel(parts, BatchedTritonExperts(ROWS))
+
+    def layer(x: Tensor, w1: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, norm: Tensor) -> Tensor:
+        return F.rms_norm(x + kernel(x, w1, w2, weights, ids), (K,), norm, 1e-6)
+
+    def make() -> list[Tensor]:
+        weights = cuda_empty(E, 2 * I, K), cuda_empty(E, K, I)
+        routing = cuda_empty(16, 8, dtype=torch.float32), cuda_empty(16, 8, dtype=torch.int64)
+        return [cuda_empty(16, K), *weights, *routing, cuda_empty(K)]
+
+    generated = generated_kernels(layer, make, [(0, 0), (3, 0), (4, 0)] if dynamic else [])
+    names = ("sort_tokens", "batch_tokens", "sort_batch", "gather_gemm", "scatter_gemm")
+    expected = [f"torch.ops.compile_moe.{name}.default" for name in names]
+    assert generated.op_calls == generated.extern_calls == expected
+    assert len(generated.triton_kernels) == 1, generated.triton_kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("apply_weights", [True, False])
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
+def test_finalize_numerics(strided: bool, apply_weights: bool, dtype: torch.dtype) -> None:
+    """Compiled and fused with a neighbour, against the op: NaN in rows that no slot names doesn't get through."""
+    batch = torch.randn(4, 6, 48).to(dtype)
+    rows = torch.randint(-1, 24, (9, 3), dtype=torch.int32)
+    rows[0] = -1
+    unnamed = torch.ones(24, dtype=torch.bool)
+    unnamed[rows[rows >= 0].long()] = False
+    batch[unnamed.view(4, 6)] = torch.nan
+    if strided:
+        batch = batch.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    weights = torch.rand(9, 3)
+    eager = reduce_batch(batch, weights, rows, apply_weights)
+    assert torch.isfinite(eager).all() and (eager[0] == 0).all()
+    compiled = torch.compile(lambda *given: reduce_batch(*given, apply_weights) * 2)(batch, weights, rows)
+    torch.testing.assert_close(compiled, eager * 2)
