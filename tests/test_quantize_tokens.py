@@ -44,6 +44,33 @@ def test_bad_maxima(scaling: str, scale: Tensor | None, maxima: Tensor, message:
         quantize_tokens(torch.ones(3, 4), scaling, scale, maxima)
 
 
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_rows_in_expert_order(scaling: str) -> None:
+    x = heavy_tailed(9, 24, torch.float32, special=False)
+    opcheck(quantize_tokens, (x, scaling, None, None, torch.tensor([0, 2, 5], dtype=torch.int32)))
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        (torch.zeros(1, 3).int(), r"expert_offsets must be \(E \+ 1,\), got \(1, 3\)"),
+        (torch.zeros(0).int(), r"expert_offsets must be \(E \+ 1,\), got \(0,\)"),
+        (torch.zeros(3), "expert_offsets must be int32, got torch.float32"),
+        (torch.zeros(3, dtype=torch.int32, device="meta"), "expert_offsets must be on the device of tokens"),
+    ],
+)
+def test_bad_expert_offsets(offsets: Tensor, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        quantize_tokens(torch.ones(3, 4), "int8 per token", None, None, offsets)
+
+
+def test_expert_offsets_and_maxima() -> None:
+    with pytest.raises(ValueError, match=r"not all rows count: maxima must be None, .*got \(3,\)"):
+        quantize_tokens(
+            torch.ones(3, 4), "int8 per tensor", None, torch.ones(3), torch.zeros(2, dtype=torch.int32)
+        )
+
+
 def doubled(x: Tensor, scaling: str, *given: Tensor | None) -> tuple[Tensor, Tensor]:
     """With a neighbour that rounds nothing."""
     return quantize_tokens(x * 2, scaling, *given)

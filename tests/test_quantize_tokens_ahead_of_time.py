@@ -31,12 +31,17 @@ def test_quantize_tokens(capability: int, dtype: torch.dtype) -> None:
     for k, width in SHARES if capability == 90 else SHARES[:1]:
         tokens, quantized = empty(64, k, dtype=torch.bfloat16), empty(64, k, dtype=dtype)
         scales = empty(64, -(-k // width), **floats)
-        launch = quantize_tokens.launch_for(quantized, scales, tokens, width, largest)
-        compile_quantization(launch, capability, k % 128 == 0)
+        for offsets in (None, empty(9)):
+            launch = quantize_tokens.launch_for(quantized, scales, tokens, offsets, width, largest)
+            compile_quantization(launch, capability, k % 128 == 0)
     tokens, quantized = empty(64, 2048, dtype=torch.bfloat16), empty(64, 2048, dtype=dtype)
     one, each, many = empty(1, **floats), empty(64, 1, **floats), empty(5000, **floats)
-    compile_launch(quantize_per_tensor.launch_of_maxima(many, tokens), capability)
+    for offsets in (None, empty(9)):
+        compile_launch(quantize_per_tensor.launch_of_maxima(many, tokens, offsets), capability)
     compile_launch(quantize_per_tensor.launch_of_fewer(one, many), capability)
     for given, scales, number in ((one, one, None), (each, each, None), (many, one, 300)):
-        launch = quantize_per_tensor.launch_for(quantized, scales, tokens, given, number, largest)
-        compile_quantization(launch, capability, True)
+        for offsets in (None, empty(9)):
+            launch = quantize_per_tensor.launch_for(
+                quantized, scales, tokens, given, number, offsets, largest
+            )
+            compile_quantization(launch, capability, True)

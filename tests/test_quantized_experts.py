@@ -164,7 +164,7 @@ def test_prepare_quantizes_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens before they are multiplied by topk, then the rows between the GEMMs."""
     q = make_quantized(Variant("int8_w8a8_channel"), M=9, topk=3)
     from compile_moe.ops import quantize_tokens
-    from compile_moe.prepare_finalize import no_expert_parallel
+    from compile_moe.prepare_finalize import quantized_input
 
     seen: list[tuple[int, ...]] = []
 
@@ -172,7 +172,7 @@ def test_prepare_quantizes_once(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(tuple(tokens.shape))
         return quantize_tokens(tokens, *args)
 
-    monkeypatch.setattr(no_expert_parallel, "quantize_tokens", spy)
+    monkeypatch.setattr(quantized_input, "quantize_tokens", spy)
     monkeypatch.setattr("compile_moe.experts.quantized.quantize_tokens", spy)
     run(q)
     assert seen == [(9, 48), (27, 40)]

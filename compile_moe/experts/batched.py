@@ -114,7 +114,7 @@ class BatchedExperts(BuiltInExperts):
     ) -> OrderedRows:
         assert expert_num_tokens is not None, "checked"
         num_rows = w1.size(0) * self.max_num_tokens
-        return OrderedRows(*self.sort_batch(expert_num_tokens, self.max_num_tokens), num_rows, 1)
+        return OrderedRows(*self.sort_batch(expert_num_tokens, self.max_num_tokens), num_rows, 1, True)
 
 
 class BatchedTritonExperts(BatchedExperts, TritonExperts):

@@ -51,7 +51,7 @@ def run_quantized(
 ) -> Tensor:
     """Expert outputs (num_tokens, topk, K) in the activations' dtype."""
     facts, w1, w2, out_dtype = layer.facts, layer.w1, layer.w2, layer.out_dtype
-    slots, offsets, m, topk = order
+    slots, offsets, m, topk, is_batch = order
     epilogue, function = "", None
     if not experts.overrides_activation:
         like = layer.hidden_states.new_empty((0,), dtype=out_dtype)
@@ -60,7 +60,7 @@ def run_quantized(
             check_intermediate(w1, w2, activation, not epilogue.startswith("ungated"), facts.packed)
     is_fused = epilogue != ""
     # A scale over all rows must not see what skipped slots hold, nor should the caller's code.
-    shares_scale = facts.per_tensor and layer.a2_scale is None
+    shares_scale = facts.per_tensor and layer.a2_scale is None and not is_batch
     intermediate = stages.gather(
         layer.hidden_states,
         layer.a1q_scale,
@@ -89,7 +89,9 @@ def run_quantized(
     scale = None
     if facts.scaling:
         static = _row_scale(layer.a2_scale, offsets, intermediate.size(0))
-        intermediate, scale = quantize_tokens(intermediate, facts.scaling, static)
+        # Inductor fuses what looks at all rows; of a batch they are better left alone.
+        bound = offsets if is_batch else None
+        intermediate, scale = quantize_tokens(intermediate, facts.scaling, static, None, bound)
         if static is not None and static.dim() == 1:
             # Not copied, as the op has to.
             scale = static

@@ -101,7 +101,7 @@ class TorchExperts(BuiltInExperts):
         activation: ActivationLike,
         zero_skipped: bool,
     ) -> Tensor:
-        slots, offsets, m, topk = order
+        slots, offsets, m, topk, _ = order
         rows = slots.long()
         gate_up = grouped_linear(hidden_states[rows // topk], w1, offsets, self.w1_bias)
         if self.overrides_activation:

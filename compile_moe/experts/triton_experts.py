@@ -48,7 +48,7 @@ class TritonExperts(BuiltInExperts):
         activation: ActivationLike,
         zero_skipped: bool,
     ) -> Tensor:
-        slots, offsets, m, topk = order
+        slots, offsets, m, topk, _ = order
         function = None
         if not self.overrides_activation:
             epilogue, function, _ = resolve_activation(activation, w1.size(1), hidden_states)

@@ -32,12 +32,15 @@ _ZERO, _ONE = sympy.Integer(0), sympy.Integer(1)
 Index = Sequence[Any]
 
 
-def _lowering(tokens: Any, scaling: str, scale: Any = None, maxima: Any = None) -> Any:
+def _lowering(
+    tokens: Any, scaling: str, scale: Any = None, maxima: Any = None, expert_offsets: Any = None
+) -> Any:
     parsed = parse_scaling(scaling)
     m, k = tokens.get_size()
     width = _width(parsed, k)
-    if maxima is not None or width is None or 0 in (m, k) or no_float8(parsed.dtype, tokens.get_device()):
-        return call(quantize_tokens, tokens, scaling, scale, maxima)
+    is_given = maxima is not None or expert_offsets is not None
+    if is_given or width is None or 0 in (m, k) or no_float8(parsed.dtype, tokens.get_device()):
+        return call(quantize_tokens, tokens, scaling, scale, maxima, expert_offsets)
     load = tokens.make_loader()
 
     def token(index: Index) -> Any:

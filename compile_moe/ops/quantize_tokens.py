@@ -6,6 +6,8 @@ Args:
     scale: static scales, (1,) or (M, 1) float32, per tensor only; None computes them.
     maxima: (any number,) float32, the largest of which is the largest magnitude of tokens, where somebody knows it
         already; per tensor without ``scale`` only. None finds it.
+    expert_offsets: (E + 1,) int32, where tokens are rows in expert order: rows behind the last expert's are neither
+        read nor written. None: all count. Not with maxima.
 
 Returns:
     quantized (M, K) in scaling's dtype and scales float32, both contiguous and fresh: (1,) per tensor (or the shape of
@@ -27,7 +29,13 @@ from compile_moe.quantization import parse_scaling
 from compile_moe.quantization.rounding import LARGEST
 
 
-def _check(tokens: Tensor, scaling: str, scale: Tensor | None = None, maxima: Tensor | None = None) -> None:
+def _check(
+    tokens: Tensor,
+    scaling: str,
+    scale: Tensor | None = None,
+    maxima: Tensor | None = None,
+    expert_offsets: Tensor | None = None,
+) -> None:
     parsed = parse_scaling(scaling)
     check_float_dtype("tokens", tokens)
     require(tokens.dim() == 2, lambda: f"tokens must be (M, K), got {shape(tokens)}")
@@ -48,10 +56,29 @@ def _check(tokens: Tensor, scaling: str, scale: Tensor | None = None, maxima: Te
         require_type(maxima.dtype is torch.float32, lambda: f"maxima must be float32, got {maxima.dtype}")
         require(maxima.dim() == 1, lambda: f"maxima must have one dimension, got {shape(maxima)}")
         check_device("tokens", tokens, maxima=maxima)
+    if expert_offsets is not None:
+        if maxima is not None:
+            raise ValueError(
+                "with expert_offsets not all rows count: maxima must be None, for the op to find those of the others, "
+                f"got {shape(maxima)}"
+            )
+        require(
+            expert_offsets.dim() == 1 and expert_offsets.size(0) >= 1,
+            lambda: f"expert_offsets must be (E + 1,), got {shape(expert_offsets)}",
+        )
+        require_type(
+            expert_offsets.dtype is torch.int32,
+            lambda: f"expert_offsets must be int32, got {expert_offsets.dtype}",
+        )
+        check_device("tokens", tokens, expert_offsets=expert_offsets)
 
 
 def _outputs(
-    tokens: Tensor, scaling: str, scale: Tensor | None = None, maxima: Tensor | None = None
+    tokens: Tensor,
+    scaling: str,
+    scale: Tensor | None = None,
+    maxima: Tensor | None = None,
+    expert_offsets: Tensor | None = None,
 ) -> tuple[OutputSpec, ...]:
     parsed = parse_scaling(scaling)
     m, k = tokens.shape
@@ -60,9 +87,17 @@ def _outputs(
 
 
 def _torch(
-    tokens: Tensor, scaling: str, scale: Tensor | None = None, maxima: Tensor | None = None
+    tokens: Tensor,
+    scaling: str,
+    scale: Tensor | None = None,
+    maxima: Tensor | None = None,
+    expert_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     parsed = parse_scaling(scaling)
+    if expert_offsets is not None:
+        # Zeros behind the last expert's rows; their scales, where given, are copied.
+        is_row = torch.arange(tokens.size(0), device=tokens.device) < expert_offsets[-1]
+        tokens = torch.where(is_row.unsqueeze(1), tokens, 0)
     if maxima is not None:
         scale = parsed.scale_of_all(maxima)
     quantized, scales = parsed.quantize(tokens, scale)
@@ -76,21 +111,22 @@ def _launch(
     scaling: str,
     scale: Tensor | None = None,
     maxima: Tensor | None = None,
+    expert_offsets: Tensor | None = None,
 ) -> None:
     parsed = parse_scaling(scaling)
     if reason := no_float8(parsed.dtype, tokens.device):
         raise NotImplementedError(f"compile_moe::quantize_tokens: {reason}")
     largest = LARGEST[parsed.dtype]
     if parsed.per == "tensor":
-        quantize_per_tensor(*outputs, tokens, scale, maxima, largest)
+        quantize_per_tensor(*outputs, tokens, scale, maxima, expert_offsets, largest)
     else:
         width = parsed.group_size if parsed.per == "group" else tokens.size(1)
-        quantize_per_share(*outputs, tokens, width, largest)
+        quantize_per_share(*outputs, tokens, expert_offsets, width, largest)
 
 
 quantize_tokens = define_op(
     "quantize_tokens",
-    "Tensor tokens, str scaling, Tensor? scale=None, Tensor? maxima=None",
+    "Tensor tokens, str scaling, Tensor? scale=None, Tensor? maxima=None, Tensor? expert_offsets=None",
     ("quantized", "scales"),
     check=_check,
     outputs=_outputs,

@@ -64,3 +64,34 @@ def test_maxima_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
             assert_same_bits(
                 launch(quantize_tokens, x, "int8 per tensor"), quantize_tokens(x, "int8 per tensor")
             )
+
+
+@pytest.mark.parametrize("programs", [2, 1024])
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 9, 10**6, -3])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_rows_behind_the_last_expert(
+    scaling: str, num_rows: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They don't count, whatever they hold, and aren't written."""
+    for module in (quantize_per_tensor, quantize_shares):
+        monkeypatch.setattr(module, "MOST_PROGRAMS", programs)
+    x = torch.randn(9, 130)
+    count = min(max(num_rows, 0), 9)
+    x[count:] = torch.nan
+    offsets = torch.tensor([0, 1, num_rows], dtype=torch.int32)
+    scales: list[torch.Tensor | None] = [None]
+    if scaling.endswith("tensor"):
+        scales += [torch.rand(1), torch.rand(9, 1)]
+    for scale in scales:
+        quantized, found = launch(quantize_tokens, x, scaling, scale, None, offsets)
+        given = None if scale is None else scale if scale.dim() == 1 else scale[:count]
+        expected, scales_of_rows = quantize_tokens(x[:count], scaling, given)
+        each = found.dim() == 2
+        assert_same_bits((quantized[:count], found[:count] if each else found), (expected, scales_of_rows))
+        unwritten = quantized[count:].float()
+        assert (unwritten.isnan() | (unwritten == -128)).all()
+        assert not each or found[count:].isnan().all()
+        on_cpu = quantize_tokens(x, scaling, scale, None, offsets)
+        assert_same_bits(
+            (on_cpu[0][:count], on_cpu[1][:count] if each else on_cpu[1]), (expected, scales_of_rows)
+        )

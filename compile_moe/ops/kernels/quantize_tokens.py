@@ -17,22 +17,28 @@ MOST_HELD = 8192
 FEW = 2048
 
 
+#: Programs along the rows, where only the GPU knows how many count.
+MOST_PROGRAMS = 1024
+
+
 @triton.jit
-def quantize_tokens_kernel(
-    quantized_ptr,  # (M, K), contiguous
-    scales_ptr,  # (M, num_shares), contiguous
-    x_ptr,  # (M, K)
-    num_columns,  # K
-    width,  # columns that share a scale
+def _quantize_row(
+    quantized_ptr,
+    scales_ptr,
+    x_ptr,
+    row,
+    num_columns,
+    width,
     num_shares,
     stride_xm,
     stride_xk,
     LARGEST: tl.constexpr,
     SHARES: tl.constexpr,
     BLOCK: tl.constexpr,
-    HELD: tl.constexpr,  # whether BLOCK holds a share
+    HELD: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    """Some shares of one row."""
+    row = tl.cast(row, tl.int64)
     share = tl.program_id(1) * SHARES + tl.arange(0, SHARES)
     lane = tl.arange(0, BLOCK)[None, :]
     column = (share * width)[:, None] + lane
@@ -64,7 +70,47 @@ def quantize_tokens_kernel(
             tl.store(quantized_ptr + here, quantized(x, scale, dtype, LARGEST), mask=mask)
 
 
-def launch_for(quantized: Tensor, scales: Tensor, tokens: Tensor, width: int, largest: float) -> Launch:
+@triton.jit(do_not_specialize=["num_rows"])
+def quantize_tokens_kernel(
+    quantized_ptr,  # (M, K), contiguous
+    scales_ptr,  # (M, num_shares), contiguous
+    x_ptr,  # (M, K)
+    expert_offsets_ptr,  # (E + 1,), the last of which counts the rows
+    num_rows,  # M
+    num_experts,
+    num_columns,  # K
+    width,  # columns that share a scale
+    num_shares,
+    stride_xm,
+    stride_xk,
+    LARGEST: tl.constexpr,
+    SHARES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HELD: tl.constexpr,  # whether BLOCK holds a share
+    HAS_OFFSETS: tl.constexpr,
+):
+    if HAS_OFFSETS:
+        num_rows = tl.minimum(tl.load(expert_offsets_ptr + num_experts), num_rows)
+        for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+            _quantize_row(
+                quantized_ptr, scales_ptr, x_ptr, row, num_columns, width, num_shares, stride_xm, stride_xk,
+                LARGEST, SHARES, BLOCK, HELD,
+            )  # fmt: skip
+    else:
+        _quantize_row(
+            quantized_ptr, scales_ptr, x_ptr, tl.program_id(0), num_columns, width, num_shares, stride_xm, stride_xk,
+            LARGEST, SHARES, BLOCK, HELD,
+        )  # fmt: skip
+
+
+def launch_for(
+    quantized: Tensor,
+    scales: Tensor,
+    tokens: Tensor,
+    expert_offsets: Tensor | None,
+    width: int,
+    largest: float,
+) -> Launch:
     m, k = tokens.shape
     width = max(1, min(width, k))
     num_shares = scales.size(1)
@@ -75,22 +121,35 @@ def launch_for(quantized: Tensor, scales: Tensor, tokens: Tensor, width: int, la
         "SHARES": shares,
         "BLOCK": block,
         "HELD": width <= block,
+        "HAS_OFFSETS": expert_offsets is not None,
         "num_warps": 8 if shares * block > FEW else 4,
     }
-    args = (quantized, scales, tokens, k, width, num_shares, *row_strides(tokens))
-    return Launch(quantize_tokens_kernel, (m, triton.cdiv(num_shares, shares)), args, options)
+    num_experts = 0 if expert_offsets is None else expert_offsets.size(0) - 1
+    offsets = scales if expert_offsets is None else expert_offsets
+    args = (quantized, scales, tokens, offsets, m, num_experts, k, width, num_shares, *row_strides(tokens))
+    programs = m if expert_offsets is None else min(m, MOST_PROGRAMS)
+    return Launch(quantize_tokens_kernel, (programs, triton.cdiv(num_shares, shares)), args, options)
 
 
-def quantize_tokens(quantized: Tensor, scales: Tensor, tokens: Tensor, width: int, largest: float) -> None:
+def quantize_tokens(
+    quantized: Tensor,
+    scales: Tensor,
+    tokens: Tensor,
+    expert_offsets: Tensor | None,
+    width: int,
+    largest: float,
+) -> None:
     """Launch into quantized (M, K) and scales (M, ceil(K / width)), both contiguous, from tokens (M, K).
 
     Args:
+        expert_offsets: (E + 1,), the last of which counts the rows; None: all count.
         largest: magnitude of quantized numbers.
     """
-    launch(_plan, quantized, scales, tokens, width, largest)
+    launch(_plan, quantized, scales, tokens, expert_offsets, width, largest)
 
 
 def _plan(*arguments: Any) -> Plan:
     only = launch_for(*arguments)
-    key = ("quantize_tokens", only.options["LARGEST"], only.args[3:], *map(pointer_key, only.args[:3]))
+    constants = only.options["LARGEST"], only.options["HAS_OFFSETS"]
+    key = ("quantize_tokens", constants, only.args[5:], *map(pointer_key, only.args[:4]))
     return Plan(key, (only,), lambda: (only,))
