@@ -7,9 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compile_moe import BatchedPrepareAndFinalize, BatchedTritonExperts, FusedMoEModularKernel
+from compile_moe import (
+    BatchedPrepareAndFinalize,
+    BatchedTritonExperts,
+    FusedMoEModularKernel,
+    FusedMoEQuantConfig,
+)
 from compile_moe.ops import reduce_batch
 from tests.support.fake_cuda import cuda_empty, generated_kernels
+from tests.support.quantized import Variant
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -80,3 +86,37 @@ def test_finalize_numerics(strided: bool, apply_weights: bool, dtype: torch.dtyp
     assert torch.isfinite(eager).all() and (eager[0] == 0).all()
     compiled = torch.compile(lambda *given: reduce_batch(*given, apply_weights) * 2)(batch, weights, rows)
     torch.testing.assert_close(compiled, eager * 2)
+
+
+@pytest.mark.parametrize("scheme", ["fp8_w8a8_block", "int8_w8a8_channel", "int4_w4a16"])
+def test_kernels_of_a_quantized_layer(scheme: str) -> None:
+    """Tokens are quantized before they are copied, in the kernel of the norm where that can be."""
+    made = Variant(scheme).made
+    num_rows = 16
+
+    def layer(x: Tensor, norm: Tensor, weights: Tensor, ids: Tensor, *experts: Tensor) -> Tensor:
+        w1, w2, w1_scale, w2_scale = experts
+        config = FusedMoEQuantConfig(scheme, w1_scale=w1_scale, w2_scale=w2_scale)
+        parts = BatchedPrepareAndFinalize(num_rows, quant_config=config)
+        kernel = FusedMoEModularKernel(parts, BatchedTritonExperts(num_rows, quant_config=config))
+        return x + kernel(F.rms_norm(x, (K,), norm, 1e-6), w1, w2, weights, ids)
+
+    def make() -> list[Tensor]:
+        sizes = (E, 2 * I, K), (E, K, I)
+        experts = [cuda_empty(*made.weight_shape(*size), dtype=made.weight_dtype) for size in sizes]
+        scales = [cuda_empty(*made.scale_shape(*size), dtype=torch.float32) for size in sizes]
+        routing = cuda_empty(32, 8, dtype=torch.float32), cuda_empty(32, 8, dtype=torch.int64)
+        return [cuda_empty(32, K), cuda_empty(K), *routing, *experts, *scales]
+
+    generated = generated_kernels(layer, make, [(0, 0), (2, 0), (3, 0)])
+    quantizes = made.token_scaling is not None
+    assert generated.op_calls == [
+        "sort_tokens",
+        *["batch_tokens"] * (2 if quantizes else 1),
+        "sort_batch",
+        "quantized_gather_gemm",
+        *["quantize_tokens"] * quantizes,
+        "quantized_scatter_gemm",
+    ]
+    most = 3 if scheme == "fp8_w8a8_block" else 2
+    assert len(generated.triton_kernels) <= most, generated.triton_kernels

@@ -20,7 +20,7 @@ import compile_moe.lowering
 from compile_moe.cli import app
 from compile_moe.lowering import inductor_compat
 from compile_moe.lowering.fusion_warning import FusionWarning
-from compile_moe.ops import act_and_mul, quantize_tokens, weight_and_reduce
+from compile_moe.ops import act_and_mul, quantize_tokens, reduce_batch, weight_and_reduce
 from tests.support.other_inductor import (
     Without,
     assert_right,
@@ -147,17 +147,17 @@ def explained(function: Callable[..., Any], *arguments: Any) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("when", ["while lowering", "while evaluating elements"])
 def test_a_lowering_that_raises(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its op is called; a warning for each of the three."""
+    """Its op is called; a warning for each of the four."""
     compile_moe.lowering.register()
     if when == "while lowering":
         has_another("ir.Pointwise", SimpleNamespace(create=takes_other_arguments))(monkeypatch)
     else:
         other = Without(inductor_compat.ops, "to_dtype")
-        names = "act_and_mul", "weight_and_reduce", "quantize_tokens"
+        names = "act_and_mul", "weight_and_reduce", "reduce_batch", "quantize_tokens"
         for module in (getattr(compile_moe.lowering, name) for name in names):
             monkeypatch.setattr(module, "ops", other)
     messages = right_with_warnings()
-    ops = act_and_mul, quantize_tokens, weight_and_reduce
+    ops = act_and_mul, quantize_tokens, reduce_batch, weight_and_reduce
     for op, message in zip(ops, sorted(messages), strict=True):
         assert message.startswith(f"compile_moe: the lowering of {op} raised ")
     refusals = explained(lambda x: weight_and_reduce(x, x[:, :, 0]) + 1, torch.ones(3, 2, 8))

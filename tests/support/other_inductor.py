@@ -17,7 +17,7 @@ from torch._inductor import lowering as inductor_lowering
 import compile_moe
 from compile_moe.lowering import fusion_warning, inductor_compat
 from compile_moe.lowering.fusion_warning import FusionWarning
-from compile_moe.ops import act_and_mul, quantize_tokens, weight_and_reduce
+from compile_moe.ops import act_and_mul, quantize_tokens, reduce_batch, weight_and_reduce
 from compile_moe.ops.named_activations import program_text
 from tests.support.oracle import assert_as_accurate, make_layer
 
@@ -70,7 +70,7 @@ def unregistered() -> Iterator[None]:
         patches = [mock.patch.dict(dictionary) for dictionary in known]
         for patch in patches:
             patch.start()
-        for op in (act_and_mul, weight_and_reduce, quantize_tokens):
+        for op in (act_and_mul, weight_and_reduce, reduce_batch, quantize_tokens):
             for dictionary in known:
                 dictionary.pop(op, None)
         registered, warned = set(inductor_compat._registered), set(fusion_warning._warned)
@@ -107,8 +107,10 @@ def assert_right() -> None:
 
     def stages(fused_out: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor) -> tuple[Tensor, ...]:
         finalized = weight_and_reduce(fused_out * 2, weights, ids, torch.arange(3), 3) + 1
+        rows = torch.arange(14, dtype=torch.int32).view(7, 2) - 1
+        gathered = reduce_batch(fused_out * 2, weights, rows) + 1
         activated = act_and_mul(gate_up + 1, text) * 2
-        return finalized, activated, *quantize_tokens(gate_up * 2, "int8 per token")
+        return finalized, gathered, activated, *quantize_tokens(gate_up * 2, "int8 per token")
 
     arguments = fused_out, weights, ids, gate_up
     for _ in range(2):
