@@ -2,9 +2,9 @@
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.hostile_shapes
 
-Arguments name a part of it (layers, many_rows, quantized, routing, compiled) and a share of its cases (`layers 0 3` is
-every third), to run them side by side: the sanitizer rewrites each kernel on one core. Without the caching allocator
-each tensor is an allocation of its own, so that an overrun of one is seen.
+Arguments name a part of it (layers, batched, many_rows, quantized, routing, compiled) and a share of its cases
+(`layers 0 3` is every third), to run them side by side: the sanitizer rewrites each kernel on one core. Without the
+caching allocator each tensor is an allocation of its own, so that an overrun of one is seen.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from torch._inductor import config as inductor_config
 
 import compile_moe
 from compile_moe import FusedMoEModularKernel, MoEPrepareAndFinalizeNoEP, TritonExperts
-from compile_moe.ops import act_and_mul, route_and_sort_tokens, route_tokens
+from compile_moe.ops import act_and_mul, batch_tokens, quantize_tokens, route_and_sort_tokens, route_tokens
 from compile_moe.ops.kernels import launch
 from compile_moe.ops.named_activations import program_text
+from tests.support.batched import PoisonedParts, batched_kernel, kept, options_of
 from tests.support.oracle import CASES, assert_as_accurate, make_layer
 from tests.support.quantized import make_quantized
 from tests.support.quantized_gemms import ALL_VARIANTS, GEMMS, Gemms, spread
 from tests.support.quantized_inputs import op as overload
+from tests.support.token_inputs import SCALINGS
 from tests.support.warp_specialized import (
     LAYERS,
     assert_both_were_launched,
@@ -185,8 +187,32 @@ def loading_only_what_runs() -> Iterator[None]:
         yield
 
 
+def batched(device: str, share: Share) -> int:
+    """The batched format, with room for few and for all, each tensor in an allocation of its own."""
+    count = 0
+    for name, rows in share(itertools.product(CASES, (1, 3, 70))):
+        layer = make_layer(**CASES[name], dtype=torch.bfloat16, device=device)
+        kernel = batched_kernel(layer, rows, parts=PoisonedParts)
+        assert_as_accurate(kernel(*layer.args, **options_of(layer)), kept(layer, rows).layer)
+        count += 1
+    for scaling in share(SCALINGS):
+        if scaling.startswith("float8") and torch.cuda.get_device_capability(device) < (8, 9):
+            continue
+        for num_rows in (0, 5, 3000, 2**31 - 1):
+            offsets = torch.tensor([0, num_rows], dtype=torch.int32, device=device)
+            quantize_tokens(torch.randn(3000, 130, device=device), scaling, None, None, offsets)
+            count += 1
+    layer = make_layer(M=4, E=3, device=device)
+    for bounds in ([0, 90, 3, -5], [7, 6, 5, 4], [-(2**31), 2**31 - 1, 2, 99]):
+        slots = torch.tensor([0, -7, 99, 2**31 - 1, 3, 4, 5, 7], dtype=torch.int32, device=device)
+        offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
+        batch_tokens(layer.hidden_states, slots, offsets, 2, 3)
+    return count + 3
+
+
 PARTS: dict[str, Callable[[str, Share], int]] = {
     "layers": layers,
+    "batched": batched,
     "many_rows": many_rows,
     "quantized": quantized_gemms,
     "routing": routing,

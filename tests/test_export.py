@@ -80,6 +80,33 @@ def test_export(with_options: bool, device: str, tmp_path: Path) -> None:
             torch.testing.assert_close(loaded(x), block(x))
 
 
+class Batched(nn.Module):
+    """In the batched format, with its counter as a result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(E, 2 * I, K) * K**-0.5)
+        self.w2 = nn.Parameter(torch.randn(E, K, I) * I**-0.5)
+        self.parts = compile_moe.BatchedPrepareAndFinalize(4)
+        self.kernel = compile_moe.FusedMoEModularKernel(self.parts, compile_moe.BatchedTritonExperts(4))
+
+    def forward(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        y = self.kernel(x, self.w1, self.w2, *softmax_topk(logits))
+        return y, self.parts.num_dropped
+
+
+def test_export_of_the_batched_format(device: str) -> None:
+    block = Batched().to(device).requires_grad_(False)
+    inputs = torch.randn(9, K, device=device), torch.randn(9, E, device=device)
+    with torch.no_grad():
+        m = torch.export.Dim("M", min=2, max=4096)
+        program = torch.export.export(block, inputs, dynamic_shapes={"x": {0: m}, "logits": {0: m}})
+        for num_tokens in (2, 9, 300):
+            given = torch.randn(num_tokens, K, device=device), torch.randn(num_tokens, E, device=device)
+            for result, expected in zip(program.module()(*given), block(*given), strict=True):
+                torch.testing.assert_close(result, expected)
+
+
 RUN = """
 import sys, torch, compile_moe
 model = torch._inductor.aoti_load_package(sys.argv[1])
