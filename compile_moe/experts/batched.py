@@ -29,8 +29,8 @@ class BatchedExperts(BuiltInExperts):
     ``apply`` takes hidden_states (E, max_num_tokens, K), of which the first expert_num_tokens[e] rows of expert e hold
     tokens, and expert_num_tokens (E,), int32 or int64 (more than max_num_tokens count as that); scales of tokens come
     as (E, max_num_tokens, scales of a token), or one for all as (1,). It returns (E, max_num_tokens, K). Rows without
-    a token are neither computed nor read nor written: what they hold is undefined. topk_ids is only looked at for its
-    shape.
+    a token are neither computed nor read nor written: what they hold is undefined. (Where experts don't lie one behind
+    the other in memory, hidden_states are copied first.) topk_ids is only looked at for its shape.
 
     Args:
         max_num_tokens: rows of each expert, at least 1.
@@ -122,4 +122,7 @@ class BatchedTritonExperts(BatchedExperts, TritonExperts):
 
 
 class BatchedTorchExperts(BatchedExperts, TorchExperts):
-    """:class:`TorchExperts` in the batched format: plain PyTorch, for any device."""
+    """:class:`TorchExperts` in the batched format: plain PyTorch, for any device.
+
+    On CUDA it synchronizes, and can't be captured.
+    """

@@ -20,7 +20,8 @@ class BatchedPrepareAndFinalize(FusedMoEPrepareAndFinalize):
     is then the sum over a token's other slots. :attr:`num_dropped` says how many. With as many rows as there are
     tokens nothing is dropped, unless a token names an expert twice.
 
-    Nothing synchronizes with the host. Between ``prepare`` and ``finalize`` an instance holds where the tokens are.
+    Nothing synchronizes with the host. Between ``prepare`` and ``finalize`` an instance holds where the tokens are:
+    calls that overlap, such as those of two microbatches, need an instance each.
 
     Args:
         max_num_tokens: rows of each expert, at least 1.

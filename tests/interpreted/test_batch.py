@@ -7,12 +7,25 @@ from typing import Any
 import pytest
 import torch
 
-from compile_moe.ops import batch_tokens, gather_gemm, reduce_batch, scatter_gemm, sort_batch
+from compile_moe.ops import (
+    batch_tokens,
+    gather_gemm,
+    quantize_tokens,
+    quantized_gather_gemm,
+    quantized_scatter_gemm,
+    reduce_batch,
+    scatter_gemm,
+    sort_batch,
+    sort_tokens,
+)
 from compile_moe.ops.named_activations import program_text
 from compile_moe.ops.sort_batch import sort_batch_torch
 from compile_moe.ops.sort_tokens import sort_tokens_torch
+from tests.support.batched import kept
 from tests.support.launchers import launch
-from tests.support.oracle import make_layer
+from tests.support.oracle import CASES, Layer, assert_as_accurate, make_layer
+from tests.support.quantized import VARIANTS, make_quantized
+from tests.support.quantized import assert_as_accurate as assert_quantized_as_accurate
 
 BATCHES: dict[str, tuple[list[int], int]] = {
     "mixed": ([3, 0, 7, 1], 7),
@@ -127,3 +140,50 @@ def test_the_gemms_neither_read_nor_write_rows_without_tokens(counts: list[int])
     gate_up = torch.einsum("eik,enk->ein", batch, layer.w1) + layer.w1_bias[:, None]
     expected = torch.einsum("ein,ekn->eik", layer.function(gate_up), layer.w2) + layer.w2_bias[:, None]
     torch.testing.assert_close(out[holds_token], expected[holds_token], rtol=1e-4, atol=1e-4)
+
+
+def dispatched(layer: Layer, tokens: torch.Tensor, scale: torch.Tensor | None, rows: int) -> tuple[Any, ...]:
+    """As prepare does: the batch flattened, its scales, each slot's row, and the expert order of the rows."""
+    ids = layer.topk_ids
+    order = launch(sort_tokens, ids, layer.w1.size(0), layer.expert_map)
+    batch, batch_rows, counts, dropped = launch(batch_tokens, tokens, *order, ids.size(1), rows)
+    if scale is not None and scale.dim() == 2:
+        scale = launch(batch_tokens, scale, *order, ids.size(1), rows)[0].flatten(0, 1)
+    assert dropped.tolist() == kept(layer, rows).num_dropped
+    return batch.flatten(0, 1), scale, batch_rows, launch(sort_batch, counts, rows)
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("case", ["M0", "M1", "odd", "skipped-mapped", "all-on-one", "biased"])
+def test_layer(case: str, rows: int) -> None:
+    """Through the launchers, as the ops call them on CUDA; all that they leave unwritten is NaN."""
+    layer = make_layer(**CASES[case], dtype=torch.bfloat16)
+    batch, _, batch_rows, order = dispatched(layer, layer.hidden_states, None, rows)
+    epilogue = program_text(layer.activation)
+    between = launch(gather_gemm, batch, layer.w1, *order, 1, layer.w1_bias, epilogue)
+    out = launch(scatter_gemm, between, layer.w2, *order, len(batch), 1, layer.w2_bias)
+    out = out.view(-1, rows, out.size(-1))
+    result = launch(reduce_batch, out, layer.topk_weights, batch_rows)
+    assert_as_accurate(result, kept(layer, rows).layer)
+
+
+@pytest.mark.parametrize("case", ["M0", "odd", "all-on-one"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_quantized_layer(variant: str, case: str) -> None:
+    rows = 5
+    q = make_quantized(VARIANTS[variant], **CASES[case])
+    layer, scheme = q.layer, q.variant.made
+    tokens, scale, scaling = layer.hidden_states, None, scheme.token_scaling
+    if scaling is not None:
+        tokens, scale = launch(quantize_tokens, tokens, scaling.text)
+    batch, scale, batch_rows, order = dispatched(layer, tokens, scale, rows)
+    common = (scheme.text, torch.float32)
+    epilogue = program_text(layer.activation)
+    between = launch(quantized_gather_gemm, batch, scale, *q.q1, *order, 1, *common, None, epilogue)
+    scale = None
+    if scaling is not None:
+        between, scale = launch(quantize_tokens, between, scaling.text, None, None, order[1])
+    out = launch(quantized_scatter_gemm, between, scale, *q.q2, *order, len(batch), 1, *common)
+    result = launch(reduce_batch, out.view(-1, rows, out.size(-1)), layer.topk_weights, batch_rows)
+    q.layer = kept(layer, rows).layer
+    assert_quantized_as_accurate(result, q)
