@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from compile_moe import FusedMoEModularKernel
-from compile_moe.ops import batch_tokens, gather_gemm, reduce_batch, scatter_gemm, sort_batch
+from compile_moe import BatchedTritonExperts, FusedMoEModularKernel
+from compile_moe.ops import batch_tokens, gather_gemm, reduce_batch, scatter_gemm, sort_batch, sort_tokens
 from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED_PAYS_FROM
 from compile_moe.ops.named_activations import program_text
 from compile_moe.ops.sort_batch import sort_batch_torch
@@ -34,11 +34,8 @@ def no_grad() -> Iterator[None]:
         yield
 
 
-def experts() -> type[Any]:
-    """As poisoned as the CPU's tests: what isn't written would be whatever the allocator last held."""
-    from compile_moe import BatchedTritonExperts
-
-    return poisoning(BatchedTritonExperts)
+#: NaN in rows without a token: what isn't written would be whatever the allocator last held.
+POISONING = poisoning(BatchedTritonExperts)
 
 
 def same_weights(layer: Layer, m: int, **routing: Any) -> Layer:
@@ -59,7 +56,7 @@ def check(out: Tensor, kernel: FusedMoEModularKernel, layer: Layer, max_num_toke
 def test_layer(m: int, max_num_tokens: int, dtype: torch.dtype) -> None:
     for routing in ROUTINGS:
         layer = make_layer(M=m, **(SHAPE | {"dtype": dtype}), biased=True, **routing)
-        kernel = batched_kernel(layer, max_num_tokens, experts(), parts=PoisonedParts)
+        kernel = batched_kernel(layer, max_num_tokens, POISONING, parts=PoisonedParts)
         for _ in range(2):  # the second time from memory
             check(kernel(*layer.args), kernel, layer, max_num_tokens)
 
@@ -137,7 +134,7 @@ def test_nothing_synchronizes() -> None:
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"], ids=str)
 def test_compiled(mode: str | None) -> None:
     first = make_layer(M=64, **SHAPE)
-    kernel = batched_kernel(first, 24, experts(), parts=PoisonedParts)
+    kernel = batched_kernel(first, 24, POISONING, parts=PoisonedParts)
     compiled = torch.compile(kernel, fullgraph=True, dynamic=True, mode=mode)
     counters.clear()
     for m in (64, 16, 300):
@@ -162,7 +159,7 @@ def test_reduce_overhead_launches_graphs() -> None:
 def test_many_rows_run_warp_specialized() -> None:
     """Where they run for tokens (Hopper), with experts of no row, of some, and of all."""
     layer = make_layer(M=600, **SHAPE, biased=True, routing="empty")
-    kernel = batched_kernel(layer, 2 * WARP_SPECIALIZED_PAYS_FROM, experts(), parts=PoisonedParts)
+    kernel = batched_kernel(layer, 2 * WARP_SPECIALIZED_PAYS_FROM, POISONING, parts=PoisonedParts)
     check(kernel(*layer.args), kernel, layer, 2 * WARP_SPECIALIZED_PAYS_FROM)
 
 
@@ -170,8 +167,6 @@ def test_many_rows_run_warp_specialized() -> None:
 def test_ops_against_their_pytorch(dtype: torch.dtype) -> None:
     layer = make_layer(M=70, **SHAPE, mapped=True, skipped=True)
     tokens = (layer.hidden_states * 20).to(dtype)
-    from compile_moe.ops import sort_tokens
-
     order = sort_tokens(layer.topk_ids, 8, layer.expert_map)
     batch, *rest = batch_tokens(tokens, *order, 2, 5)
     expected, *others = batch_tokens(tokens.cpu(), *(t.cpu() for t in order), 2, 5)
@@ -215,7 +210,7 @@ def test_quantized(variant: str, how: str) -> None:
     shape: dict[str, Any] = {"K": 512, "I": 384, "E": 8, "topk": 2, "biased": True, "dtype": torch.bfloat16}
     q = make_quantized(DEFAULTS[variant], M=40, **shape)
     device = on_gpu(q)
-    kernel = batched_kernel(device.layer, 9, experts(), device.config(), PoisonedParts)
+    kernel = batched_kernel(device.layer, 9, POISONING, device.config(), PoisonedParts)
     expected = Quantized(kept(q.layer, 9).layer, *list(vars(q).values())[1:])
     if how == "captured":
         kernel(*device.args)

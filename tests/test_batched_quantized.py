@@ -13,10 +13,13 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from compile_moe import BatchedPrepareAndFinalize, FusedMoEModularKernel
+from compile_moe.ops import batch_tokens
+from compile_moe.ops.sort_tokens import sort_tokens_torch
 from tests.support.batched import EXPERTS, PoisonedParts, batched_kernel, kept, options_of, poisoning
-from tests.support.oracle import CASES
+from tests.support.oracle import CASES, make_layer
 from tests.support.quantized import VARIANTS, Quantized, Variant, assert_as_accurate, make_quantized
 from tests.support.quantized_calls import CALLABLES, STATIC
+from tests.support.quantized_inputs import opcheck
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_grad")
 
@@ -131,3 +134,9 @@ def test_the_batch_is_quantized(variant: str) -> None:
         assert scale.shape == (1,)
     else:
         assert scale.shape == (5, 18, scaling.scale_shape(9, x.size(1))[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
+    layer = make_layer(M=9, skipped=True)
+    opcheck(batch_tokens, (layer.hidden_states.to(dtype), *sort_tokens_torch(layer.topk_ids, 5), 2, 3))
