@@ -137,15 +137,16 @@ class FusedMoEModularKernel(torch.nn.Module):
             topk_weights,
         )
         is_batched = a1q.dim() == 3
+        unfilled = has_unfilled and has_reduce
+        # A user's experts may make tokens of a batch; ours return what they get.
         require(
-            not has_reduce or is_batched is parts.reduces_batches,
+            not has_reduce or is_batched is parts.reduces_batches or (is_batched and not unfilled),
             lambda: (
                 f"{type(parts).__name__} prepared {shape(a1q)}, but its finalize is for "
                 f"{'batches (E, max_num_tokens, K)' if parts.reduces_batches else 'tokens (M, K)'}; override "
                 "finalize, too"
             ),
         )
-        unfilled = has_unfilled and has_reduce
         apply = experts.apply_unfilled if unfilled else experts.apply
         fused_out = apply(  # type: ignore[misc]
             a1q,
@@ -170,8 +171,8 @@ class FusedMoEModularKernel(torch.nn.Module):
             return output
         mask = (ids, expert_map, E) if unfilled else (None, None, -1)
         if not unfilled:
-            sizes = "E, max_num_tokens, K" if is_batched else "M, topk, K"
-            expected = (*(a1q.shape[:2] if is_batched else (ids.size(0), topk)), K)
+            sizes = "E, max_num_tokens, K" if parts.reduces_batches else "M, topk, K"
+            expected = (*(a1q.shape[:2] if parts.reduces_batches else (ids.size(0), topk)), K)
             require(
                 tuple(fused_out.shape) == expected,
                 lambda: f"apply must return ({sizes}) = {expected}, got {shape(fused_out)}",

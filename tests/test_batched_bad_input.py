@@ -59,6 +59,11 @@ class WrongShape(BatchedTritonExperts):
         return super().apply(*args, **options)[:, 1:]
 
 
+class Whole(BatchedTritonExperts):
+    def apply(self, *args: Any, **options: Any) -> Tensor:
+        return super().apply(*args, **options)
+
+
 def pair(parts: Callable[[], Any], experts: Callable[[], Any]) -> Callable[[], FusedMoEModularKernel]:
     return lambda: FusedMoEModularKernel(parts(), experts())
 
@@ -95,6 +100,8 @@ MISFITS: dict[str, tuple[Callable[[], FusedMoEModularKernel], type[Exception], s
         r"Returning prepared \(9, 48\), but its finalize is for batches \(E, max_num_tokens, K\); override"),
     "finalize-of-tokens": (pair(Unbatched, lambda: BatchedTritonExperts(7)), ValueError,
         r"Unbatched prepared \(5, 7, 48\), but its finalize is for tokens \(M, K\); override finalize"),
+    "a-batch-for-finalize-of-tokens": (pair(Unbatched, lambda: Whole(7)), ValueError,
+        r"apply must return \(M, topk, K\) = \(9, 2, 48\), got \(5, 7, 48\)"),
     "scale-2d": (lambda: FusedMoEModularKernel(
             Returning(lambda a, s, n: (a, s.flatten(0, 1), n), quant_config=INT8),
             BatchedTritonExperts(7, quant_config=INT8)), ValueError,

@@ -16,6 +16,7 @@ from compile_moe import (
     FusedMoEModularKernel,
     FusedMoEPermuteExpertsUnpermute,
     FusedMoEPrepareAndFinalize,
+    MoEPrepareAndFinalizeNoEP,
     PrepareResult,
 )
 from tests.support.batched import EXPERTS, PoisonedParts, batched_kernel, kept, options_of, poison
@@ -164,6 +165,31 @@ def test_subclasses(case: str, backend: str | None, device: str) -> None:
     expected.hidden_states = 2 * expected.hidden_states
     result = run(batched_kernel(layer, ROWS, parts=DoublingPrepare), layer, backend)
     assert_as_accurate(result, expected)
+
+
+class BatchedInside(MoEPrepareAndFinalizeNoEP):
+    """Prepares a batch; finalize is that of tokens."""
+
+    def prepare(self, *args: Any) -> Any:
+        return UserParts().prepare(*args)
+
+
+class BackToTokens(BatchedTritonExperts):
+    """Takes a batch, and returns (M, topk, K)."""
+
+    def apply(
+        self, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_ids: Tensor, **options: Any
+    ) -> Tensor:
+        out = super().apply(hidden_states, w1, w2, topk_ids, **options)
+        row, _ = UserParts().rows(topk_ids, w1.size(0))
+        return F.pad(out.flatten(0, 1), (0, 0, 0, 1))[row].view(*topk_ids.shape, -1)
+
+
+@BACKENDS
+def test_a_batch_may_be_between_tokens(backend: str | None, device: str) -> None:
+    layer = make_layer(M=20, device=device)
+    kernel = FusedMoEModularKernel(BatchedInside(), BackToTokens(ROWS))
+    assert_as_accurate(run(kernel, layer, backend), kept(layer, ROWS).layer)
 
 
 def test_quantized_by_a_published_prepare() -> None:
