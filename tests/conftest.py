@@ -26,6 +26,12 @@ hypothesis.settings.load_profile("compile_moe")
 def pytest_configure(config: pytest.Config) -> None:
     # In the environment, so that workers and the processes that tests start use the same seed.
     os.environ.setdefault(SEED_VARIABLE, str(secrets.randbelow(2**31)))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if workers > 1:
+        # Each worker with as many threads as there are cores takes hundreds of times as long.
+        threads = max(1, len(os.sched_getaffinity(0)) // workers)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        torch.set_num_threads(threads)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -281,3 +283,23 @@ def test_on_a_gpu(model: str, part: str, tmp_path: Path) -> None:
         assert m["failure"] == "" and m["microseconds"] > 0 and m["memory"] > 0 and m["replayed"], m
         ours = m["contestant"] == "compile_moe"
         assert any("gather_gemm" in kernel for kernel in m["kernels"]) is ours, m
+
+
+def test_an_interruption_keeps_what_was_measured(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = measurement.Bench.measure
+
+    def measure_until_terminated(self: measurement.Bench, *arguments: Any) -> Any:
+        if arguments[2] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(measurement.Bench, "measure", measure_until_terminated)
+    file = tmp_path / "numbers.json"
+    result = run("--model", model, "--tokens", "1,5", "--contestants", "eager", "--json", str(file))
+    assert result.exit_code == 130
+    assert "eager, E 8, 1 tokens: " in result.stderr and "Interrupted" in result.stdout
+    numbers = json.loads(file.read_text())
+    assert [m["tokens"] for m in numbers["measurements"]] == [1] and not numbers["complete"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

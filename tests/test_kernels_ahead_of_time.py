@@ -43,7 +43,11 @@ def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
 def compile_launch(launch: Launch, capability: int, spills: int = 0) -> CompiledKernel:
     options = dict(launch.options)
     compiler = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+    if "EARLY" in options:
+        options["EARLY"] = capability >= 90
     compiled = compile_ahead(launch.kernel, launch.args, options, capability=capability, **compiler)
+    waits = "griddepcontrol.wait" in compiled.ptx
+    assert waits == options.get("EARLY", False)
     assert compiled.fits, f"{compiled.shared} bytes of shared memory"
     assert max(compiled.spill_stores, compiled.spill_loads) <= spills, (
         f"{compiled.registers} registers, {compiled.spill_stores} bytes spilled with {compiler} {options}"

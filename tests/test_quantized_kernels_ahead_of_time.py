@@ -81,6 +81,7 @@ def compiled(
     for tile, launch in launches:
         options = dict(launch.options)
         compiler = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+        options["EARLY"] = capability >= 90
         result = compile_ahead(launch.kernel, launch.args, options, capability=capability, **compiler)
         assert result.fits, f"{tile}: {result.shared} bytes of shared memory"
         results.append((tile, result))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from compile_moe.cli import bench_plot
-from compile_moe.cli.bench_results import HostTime, Measurement, Results, as_json, tables
+from compile_moe.cli.bench_results import Measurement, Results, as_json, describe, tables
 from compile_moe.cli.contestants import CONTESTANTS, EXPERTS_ONLY
 from compile_moe.cli.contestants.contestant import Contestant
 from compile_moe.cli.contestants.transformers_experts import REFERENCE
@@ -83,7 +85,7 @@ def own_shapes(
 
 
 def run_bench(options: BenchOptions) -> None:
-    """Measure, print the tables to stdout and the progress to stderr.
+    """Measure, print the tables to stdout and the progress to stderr; after an interruption, what there is until then.
 
     Raises:
         Refusal: options that can't work here.
@@ -102,17 +104,22 @@ def run_bench(options: BenchOptions) -> None:
                 path.open("a").close()
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # graphs capture the current one
-    with torch.no_grad():
-        results = measure(configs, name, options, device, dtype)
+
+    def save(results: Results) -> None:
+        if options.json is not None:
+            with _writing("--json", options.json):
+                options.json.write_text(json.dumps(as_json(results), indent=1) + "\n", encoding="utf-8")
+
+    with torch.no_grad(), _interrupted_when_terminated():
+        results = measure(configs, name, options, device, dtype, save)
     out = Console() if Console().is_terminal else Console(width=110)
     for table in tables(results):
         out.print(table)
-    if options.json is not None:
-        with _writing("--json", options.json):
-            options.json.write_text(json.dumps(as_json(results), indent=1) + "\n", encoding="utf-8")
     if options.plot is not None:
         with _writing("--plot", options.plot):
             bench_plot.picture(results).savefig(options.plot)
+    if not results.complete:
+        raise SystemExit(128 + signal.SIGINT)
 
 
 def measure(
@@ -121,47 +128,75 @@ def measure(
     options: BenchOptions,
     device: torch.device,
     dtype: torch.dtype,
+    save: Callable[[Results], None],
 ) -> Results:
-    """All contestants at all numbers of experts and of tokens."""
+    """All contestants at all numbers of experts and of tokens, or those until an interruption.
+
+    ``save`` gets what there is after each of them.
+    """
     import transformers
     import triton
 
-    ceilings = measure_ceilings(device, dtype)
-    versions = {module.__name__: module.__version__ for module in (torch, triton, transformers)}
-    measurements: list[Measurement] = []
-    host: list[HostTime] = []
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(configs) * len(options.contestants) * len(options.tokens))
-        for num_experts, config in configs.items():
-            layer = attempt(functools.partial(make_layer, config, REFERENCE, device, dtype, options.seed))
-            bench = layer if isinstance(layer, str) else Bench(layer, options.part == "block", ceilings)
-            for name in options.contestants:
-                progress.update(task, description=name)
-                contestant = bench if isinstance(bench, str) else bench.enter(name)
-                for tokens in options.tokens:
-                    progress.update(task, description=f"{name}, {tokens} tokens")
-                    if isinstance(bench, str) or isinstance(contestant, str):
-                        failure = str(contestant)
-                        measurements.append(Measurement(name, num_experts, tokens, failure=failure))
-                    else:
-                        measurements.append(bench.measure(name, contestant, tokens))
-                    progress.advance(task)
-                if isinstance(contestant, Contestant):
-                    versions.update(contestant.versions)
-                del contestant  # a peer's copy of the weights
-            if options.host and not isinstance(bench, str):
-                host += bench.host_times(options.tokens)
-            del layer, bench  # before the next one is allocated
-    return Results(
+    results = Results(
         torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        versions,
+        {module.__name__: module.__version__ for module in (torch, triton, transformers)},
         model,
         options.part,
         str(dtype).removeprefix("torch."),
-        ceilings,
-        tuple(measurements),
-        tuple(host),
+        measure_ceilings(device, dtype),
+        complete=False,
     )
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(configs) * len(options.contestants) * len(options.tokens))
+
+        def add(measurement: Measurement) -> None:
+            nonlocal results
+            results = results._replace(measurements=(*results.measurements, measurement))
+            save(results)
+            progress.console.print(describe(measurement), markup=False, highlight=False)
+            progress.advance(task)
+
+        try:
+            for num_experts, config in configs.items():
+                layer = attempt(functools.partial(make_layer, config, REFERENCE, device, dtype, options.seed))
+                bench = (
+                    layer
+                    if isinstance(layer, str)
+                    else Bench(layer, options.part == "block", results.ceilings)
+                )
+                for name in options.contestants:
+                    progress.update(task, description=name)
+                    contestant = bench if isinstance(bench, str) else bench.enter(name)
+                    if isinstance(contestant, Contestant):
+                        results = results._replace(versions=results.versions | dict(contestant.versions))
+                    for tokens in options.tokens:
+                        progress.update(task, description=f"{name}, {tokens} tokens")
+                        if isinstance(bench, str) or isinstance(contestant, str):
+                            add(Measurement(name, num_experts, tokens, failure=str(contestant)))
+                        else:
+                            add(bench.measure(name, contestant, tokens))
+                    del contestant  # a peer's copy of the weights
+                if options.host and not isinstance(bench, str):
+                    results = results._replace(host=(*results.host, *bench.host_times(options.tokens)))
+                del layer, bench  # before the next one is allocated
+        except KeyboardInterrupt:
+            return results
+    results = results._replace(complete=True)
+    save(results)
+    return results
+
+
+@contextmanager
+def _interrupted_when_terminated() -> Iterator[None]:
+    """A termination is an interruption: what was measured is not lost when a time limit ends the bench."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _configurations(options: BenchOptions) -> tuple[dict[int | None, Any], str]:

@@ -67,7 +67,7 @@ class HostTime(NamedTuple):
 
 
 class Results(NamedTuple):
-    """All measurements of a run, and where they were taken."""
+    """All measurements of a run, and where they were taken. complete: the run was not interrupted."""
 
     device: str
     versions: dict[str, str]
@@ -75,8 +75,9 @@ class Results(NamedTuple):
     part: str
     dtype: str
     ceilings: Ceilings
-    measurements: tuple[Measurement, ...]
+    measurements: tuple[Measurement, ...] = ()
     host: tuple[HostTime, ...] = ()
+    complete: bool = True
 
 
 def as_json(results: Results) -> dict[str, Any]:
@@ -91,6 +92,13 @@ def as_json(results: Results) -> dict[str, Any]:
     }
 
 
+def describe(m: Measurement) -> str:
+    """One line."""
+    experts = "" if m.num_experts is None else f", E {m.num_experts}"
+    found = m.failure if m.microseconds is None else f"{m.microseconds:.1f} µs"
+    return f"{m.contestant}{experts}, {m.tokens} tokens: {found}"
+
+
 def title(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     return f"{results.model}, {results.part}, {results.dtype}; {results.device}, {versions}"
@@ -101,6 +109,8 @@ def tables(results: Results) -> Iterator[Table]:
     is_sweep = len({m.num_experts for m in results.measurements}) > 1
     flops, bandwidth = results.ceilings
     notes = [f"In the same run: matrix product {flops / 1e12:.1f} TFLOP/s, copy {bandwidth / 1e12:.3f} TB/s."]
+    if not results.complete:
+        notes.append("Interrupted: what there was until then.")
     if any(m.memory is not None for m in results.measurements):
         notes.append("MiB: peak over weights, input and output.")
     if _has_both(results):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor
 
 from compile_moe.ops.kernels.launch import Plan
 from compile_moe.ops.kernels.launch import launch as run
-from compile_moe.ops.kernels.warp_specialized import row_tiles, zero_skipped
+from compile_moe.ops.kernels.warp_specialized import ring, row_tiles, zero_skipped
+from compile_moe.ops.kernels.warp_specialized.ring import COLUMNS
 from compile_moe.ops.kernels.warp_specialized.row_tiles import GROUP, MERGED, ROWS, TAIL
 
 EDGES = [
@@ -72,21 +75,31 @@ def test_tiles_cover_every_row_once(counts: list[int]) -> None:
         assert sum(tile[0] == e for tile in tiles) == expected
 
 
+def find_tile(tiles: list[list[int]], tile: int, num_row_tiles: int, num_n: int) -> list[int]:
+    """What the kernels' own function finds in a list: plain arithmetic, though Gluon has no interpreter."""
+    memory = [num_row_tiles, -7, -7, -7, *itertools.chain.from_iterable(tiles)]
+    language = SimpleNamespace(maximum=max, minimum=min, load=lambda address: memory[address])
+    names = {"gl": language, "COLUMNS": COLUMNS.value}
+    function = FunctionType(ring.find_tile.fn.__code__, names)
+    return list(function(0, tile, num_row_tiles, num_n))
+
+
+@pytest.mark.parametrize("num_columns", [1, 3, 12, 16, 17, 40])
 @pytest.mark.parametrize("counts", [EDGES, [9000], *RANDOM[1:]], ids=len)
-def test_groups_are_of_one_expert_and_cover_their_columns(counts: list[int]) -> None:
-    """Each row tile meets each column tile once, in the order that the kernels compute from the list."""
+def test_every_row_tile_meets_every_column_tile_once(counts: list[int], num_columns: int) -> None:
     tiles = list_tiles(offsets_of(counts), sum(counts))
-    for num_columns in (1, 3, 12):
-        seen = set()
-        for tile in range(len(tiles) * num_columns):
-            row_tile = tile // num_columns
-            before, size = tiles[row_tile][3] >> 8, tiles[row_tile][3] & 255
-            assert 1 <= size <= GROUP
-            within = tile - (row_tile - before) * num_columns
-            member = row_tile - before + within % size
-            assert tiles[member][0] == tiles[row_tile][0]
-            seen.add((member, within // size))
-        assert seen == {(row, column) for row in range(len(tiles)) for column in range(num_columns)}
+    total = len(tiles) * num_columns
+    found = [find_tile(tiles, tile, len(tiles), num_columns) for tile in range(total + 3)]
+    assert {tuple(each) for each in found} == {
+        (*tile[:3], column) for tile in tiles for column in range(num_columns)
+    }
+    assert found[total:] == [found[total - 1]] * 3, "programs look beyond the end"
+    # A wave's tiles share rows and columns: COLUMNS of a row tile, then the next row tile of its group.
+    assert [each[3] for each in found[: min(num_columns, COLUMNS.value)]] == list(
+        range(min(num_columns, COLUMNS.value))
+    )
+    for _, _, _, group in tiles:
+        assert 1 <= group & 255 <= GROUP
 
 
 def test_no_rows_give_one_empty_tile() -> None:

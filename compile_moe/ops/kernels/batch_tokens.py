@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compile_moe.ops.kernels.early_launch import await_earlier_kernels, early_launch
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 from compile_moe.ops.kernels.tiles import row_stride
 
@@ -35,11 +36,13 @@ def batch_tokens_kernel(
     E_POW2: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (i, j) copies columns j of the sorted slots i; the ones behind the last slots write the counts.
 
     Whatever sorted_slots and expert_offsets hold, no access is outside of the arguments.
     """
+    await_earlier_kernels(EARLY)
     program = tl.program_id(0)
     e = tl.arange(0, E_POW2)
     start = tl.load(expert_offsets_ptr + e, mask=e < num_experts, other=num_slots)
@@ -108,6 +111,7 @@ def launch_for(
         "ROWS": ROWS,
         "BLOCK": block,
         "num_warps": 4,
+        **early_launch(batch.device),
     }
     grid = (num_row_programs + 1, max(1, triton.cdiv(num_columns, block)))
     return Launch(batch_tokens_kernel, grid, args, options)

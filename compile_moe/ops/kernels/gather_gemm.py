@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compile_moe.ops.kernels.early_launch import await_earlier_kernels, early_launch
 from compile_moe.ops.kernels.epilogue import epilogue, with_epilogue
 from compile_moe.ops.kernels.gemm_problem import GemmProblem, gemm_problem
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
@@ -59,7 +60,9 @@ def gather_gemm_kernel(
     EVEN_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SWAPPED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_earlier_kernels(EARLY)
     # Rows of w1 lie as the result's columns do: gate and up alternate, or are two blocks of their own, which two
     # products read, or one where the operands are swapped.
     GATED: tl.constexpr = LAYOUT != "ungated"
@@ -204,6 +207,7 @@ def launch_for(
         "SWAPPED": tile.swapped,
         "num_stages": tile.num_stages,
         "num_warps": tile.num_warps,
+        **early_launch(out.device),
     }
     kernel = with_epilogue(gather_gemm_kernel, epilogue_body, DO_NOT_SPECIALIZE)
     return Launch(kernel, (num_row_tiles * triton.cdiv(num_columns, tile.block_n),), args, options)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compile_moe.ops.kernels.early_launch import await_earlier_kernels, early_launch
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 
 BLOCK = 1024
@@ -32,7 +33,9 @@ def reduce_batch_kernel(
     TOPK: tl.constexpr,
     APPLY_WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_earlier_kernels(EARLY)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < num_columns
@@ -76,7 +79,13 @@ def launch_for(
         row_stride(batch_rows),
         batch_rows.stride(1),
     )
-    options = {"TOPK": topk, "APPLY_WEIGHTS": apply_weights, "BLOCK": BLOCK, "num_warps": 4}
+    options = {
+        "TOPK": topk,
+        "APPLY_WEIGHTS": apply_weights,
+        "BLOCK": BLOCK,
+        "num_warps": 4,
+        **early_launch(out.device),
+    }
     return Launch(reduce_batch_kernel, (m, triton.cdiv(num_columns, BLOCK)), args, options)
 
 

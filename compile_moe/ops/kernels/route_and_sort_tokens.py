@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compile_moe.ops.kernels import sort_tokens as sort
+from compile_moe.ops.kernels.early_launch import await_earlier_kernels, early_launch
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 from compile_moe.ops.kernels.route_tokens import (
     launch_for,
@@ -54,7 +55,9 @@ def route_and_sort_kernel(
     EXCLUDED_KEY: tl.constexpr,
     TOPK_PAD: tl.constexpr,
     ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_earlier_kernels(EARLY)
     row = tl.arange(0, ROWS)[:, None]
     expert, order = route_rows(
         topk_weights_ptr,
@@ -101,7 +104,12 @@ def single_launches(
             route_and_sort_kernel,
             (1,),
             (*arguments, sorted_slots, expert_offsets),
-            {**constants, "ROWS": rows, "num_warps": min(16, max(1, rows * num_positions // 256))},
+            {
+                **constants,
+                "ROWS": rows,
+                "num_warps": min(16, max(1, rows * num_positions // 256)),
+                **early_launch(sorted_slots.device),
+            },
         )
         for rows in TOKEN_BLOCKS
         if rows * num_positions <= MAX_ELEMENTS

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compile_moe.ops.kernels.early_launch import await_earlier_kernels, early_launch
 from compile_moe.ops.kernels.gemm_problem import GemmProblem, gemm_problem
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 from compile_moe.ops.kernels.precision import Precision, accumulate, dot_precision
@@ -55,7 +56,9 @@ def scatter_gemm_kernel(
     EVEN_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SWAPPED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_earlier_kernels(EARLY)
     tile_m, tile_n = grouped_order(tl.program_id(0), num_row_tiles, tl.cdiv(num_columns, BLOCK_N), GROUP_M)
     expert, first_row, end_row = locate_tile(
         expert_offsets_ptr, tile_m, num_slots, num_experts, E_POW2, BLOCK_M, ZERO_SKIPPED
@@ -154,6 +157,7 @@ def launch_for(
         "SWAPPED": tile.swapped,
         "num_stages": tile.num_stages,
         "num_warps": tile.num_warps,
+        **early_launch(out.device),
     }
     grid = (num_row_tiles * triton.cdiv(num_columns, tile.block_n),)
     return Launch(scatter_gemm_kernel, grid, args, options)

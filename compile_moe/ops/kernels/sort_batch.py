@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compile_moe.ops.kernels.early_launch import await_earlier_kernels, early_launch
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 
 MOST_ROWS = 1024
@@ -23,8 +24,10 @@ def sort_batch_kernel(
     stride_e,
     E_POW2: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (e, j) places rows j of expert e; the first of each expert writes where it starts."""
+    await_earlier_kernels(EARLY)
     expert = tl.program_id(0)
     e = tl.arange(0, E_POW2)
     # Clamped before they become 32-bit.
@@ -50,7 +53,12 @@ def launch_for(
     block = min(triton.next_power_of_2(max_num_tokens), MOST_ROWS)
     stride_e = expert_num_tokens.stride(0) if num_experts > 1 else 1
     args = (sorted_slots, expert_offsets, expert_num_tokens, num_experts, max_num_tokens, stride_e)
-    options = {"E_POW2": triton.next_power_of_2(num_experts), "BLOCK": block, "num_warps": 4}
+    options = {
+        "E_POW2": triton.next_power_of_2(num_experts),
+        "BLOCK": block,
+        "num_warps": 4,
+        **early_launch(sorted_slots.device),
+    }
     return Launch(sort_batch_kernel, (num_experts, triton.cdiv(max_num_tokens, block)), args, options)
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compile_moe.ops.kernels.early_launch import await_earlier_kernels, early_launch
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 
 TINY_MAX_SLOTS = 32
@@ -62,7 +63,9 @@ def _sort_small(
     HAS_MAP: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_earlier_kernels(EARLY)
     pid = tl.program_id(0)
     slot_programs = tl.cdiv(num_slots, BLOCK)
     lane = tl.arange(0, BLOCK)
@@ -271,7 +274,13 @@ def launches(
             _sort_small,
             (triton.cdiv(num_slots, block) + triton.cdiv(num_experts + 1, block),),
             (sorted_slots, expert_offsets, *ids, num_slots, *sizes),
-            {**constants, "BLOCK": block, "CHUNK": chunk, "num_warps": 8},
+            {
+                **constants,
+                "BLOCK": block,
+                "CHUNK": chunk,
+                "num_warps": 8,
+                **early_launch(sorted_slots.device),
+            },
         )
         for block, chunk in ((16, 32), (64, 128))
     )

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compile_moe.ops.kernels.early_launch import await_earlier_kernels, early_launch
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 
 BLOCK = 1024
@@ -35,7 +36,9 @@ def weight_and_reduce_kernel(
     HAS_IDS: tl.constexpr,
     HAS_MAP: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_earlier_kernels(EARLY)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < num_columns
@@ -100,6 +103,7 @@ def launch_for(
         "HAS_MAP": expert_map is not None,
         "BLOCK": BLOCK,
         "num_warps": 4,
+        **early_launch(out.device),
     }
     return Launch(weight_and_reduce_kernel, (m, triton.cdiv(num_columns, BLOCK)), args, options)
 

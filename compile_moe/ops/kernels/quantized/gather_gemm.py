@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compile_moe.ops.kernels.early_launch import await_earlier_kernels, early_launch
 from compile_moe.ops.kernels.epilogue import epilogue
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 from compile_moe.ops.kernels.precision import Precision, dot_precision
@@ -73,7 +74,9 @@ def quantized_gather_gemm_kernel(
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_earlier_kernels(EARLY)
     GATED: tl.constexpr = LAYOUT != "ungated"
     INTERLEAVED: tl.constexpr = LAYOUT == "interleaved"
     WIDTH: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
@@ -183,6 +186,7 @@ def launch_for(
         **operands.constants(weight_format, w1_zp is not None, tile, depth, precision),
         "num_stages": tile.num_stages,
         "num_warps": tile.num_warps,
+        **early_launch(out.device),
     }
     kernel = with_format(quantized_gather_gemm_kernel, weight_format, epilogue_body, DO_NOT_SPECIALIZE)
     return Launch(kernel, (num_row_tiles * triton.cdiv(num_columns, tile.block_n),), args, options)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compile_moe.ops.kernels.early_launch import await_earlier_kernels, early_launch
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 from compile_moe.ops.kernels.precision import Precision, dot_precision
 from compile_moe.ops.kernels.quantized import operands
@@ -70,7 +71,9 @@ def quantized_scatter_gemm_kernel(
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_earlier_kernels(EARLY)
     tile_m, tile_n = grouped_order(tl.program_id(0), num_row_tiles, tl.cdiv(num_columns, BLOCK_N), GROUP_M)
     expert, first_row, end_row = locate_tile(
         expert_offsets_ptr, tile_m, num_slots, num_experts, E_POW2, BLOCK_M, ZERO_SKIPPED
@@ -152,6 +155,7 @@ def launch_for(
         **operands.constants(weight_format, w2_zp is not None, tile, depth, precision),
         "num_stages": tile.num_stages,
         "num_warps": tile.num_warps,
+        **early_launch(out.device),
     }
     kernel = with_format(quantized_scatter_gemm_kernel, weight_format, "", DO_NOT_SPECIALIZE)
     return Launch(kernel, (num_row_tiles * triton.cdiv(num_columns, tile.block_n),), args, options)

@@ -7,6 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 STAGES = 4  # of the ring
+COLUMNS = gl.constexpr(16)  # column tiles that a group of row tiles takes at a time
 
 
 @gluon.jit
@@ -37,7 +38,8 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 def find_tile(tiles_ptr, tile, num_row_tiles, num_n):
     """Expert, first row, rows and column tile of a tile (of the last one behind the end).
 
-    Within a group of row tiles, rows change fastest.
+    A group of row tiles takes COLUMNS column tiles at a time, and within them columns change fastest: programs that
+    run side by side read the same rows, which are the larger operand, and all of them together fit the L2 cache.
     """
     tile = gl.maximum(gl.minimum(tile, num_row_tiles * num_n - 1), 0)
     row_tile = tile // num_n
@@ -45,9 +47,11 @@ def find_tile(tiles_ptr, tile, num_row_tiles, num_n):
     size = gl.maximum(group & 255, 1)
     first_of_group = row_tile - (group >> 8)
     within = tile - first_of_group * num_n
-    column_tile = within // size
+    column_tile = within // (size * COLUMNS) * COLUMNS
+    within -= column_tile * size
+    columns = gl.maximum(gl.minimum(num_n - column_tile, COLUMNS), 1)
+    row_tile = first_of_group + within // columns
+    column_tile += within % columns
     # Clamped for what an empty list holds.
-    row_tile = first_of_group + within - column_tile * size
-    row_tile = gl.minimum(gl.maximum(row_tile, 0), gl.maximum(num_row_tiles - 1, 0))
-    entry = tiles_ptr + 4 + 4 * row_tile
+    entry = tiles_ptr + 4 + 4 * gl.minimum(gl.maximum(row_tile, 0), gl.maximum(num_row_tiles - 1, 0))
     return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), column_tile

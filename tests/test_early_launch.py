@@ -1,0 +1,49 @@
+"""Kernels that are launched before the ones ahead of them have ended."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import compile_moe
+from compile_moe.ops.kernels.early_launch import can_launch_early, early_launch
+from tests.support.oracle import make_layer
+
+
+@pytest.mark.parametrize(("major", "early"), [(8, False), (9, True), (10, True), (12, True)])
+def test_by_compute_capability(major: int, early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
+    assert can_launch_early.__wrapped__(0) is early
+
+
+def test_interpreted_kernels_are_not() -> None:
+    assert early_launch(torch.device("cpu")) == {"EARLY": False}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 40, 700])
+@torch.no_grad()
+def test_layers_that_read_what_the_one_before_wrote(m: int) -> None:
+    """200 layers one behind the other, as fast as they can be launched, give what they give one at a time."""
+    layer = make_layer(M=m, K=128, I=64, E=16, topk=4, dtype=torch.bfloat16, device="cuda")
+    args = layer.args[1:]
+
+    def chain(count: int, stop: bool) -> torch.Tensor:
+        x = layer.hidden_states
+        for _ in range(count):
+            y = compile_moe.fused_experts(x, *args)
+            x = y / y.float().norm(dim=-1, keepdim=True).to(y.dtype).clamp_min(1e-6)
+            if stop:
+                torch.cuda.synchronize()
+        return x
+
+    expected = chain(200, stop=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(200, stop=False)
+    for _ in range(3):
+        assert torch.equal(chain(200, stop=False), expected)
+        graph.replay()
+        assert torch.equal(captured, expected)
