@@ -1,21 +1,19 @@
-"""Command line of the library: ``compile-moe demo``, ``bench``, ``explain`` and ``tune``."""
+"""Command line of the library: ``compile-moe demo``, ``bench``, ``explain``, ``tune`` and ``simulate``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from compile_moe.cli.arguments import numbers, refusing
 from compile_moe.cli.bench import BenchOptions, own_shapes, run_bench
 from compile_moe.cli.contestants import CONTESTANTS
 from compile_moe.cli.demo import DemoOptions, run_demo
 from compile_moe.cli.explain import ExplainOptions, own_shape, run_explain
 from compile_moe.cli.moe_layer import MODELS
-from compile_moe.cli.refusal import Refusal
+from compile_moe.cli.simulate_command import simulate_command
 from compile_moe.cli.tune import TuneOptions, run_tune
 
 app = typer.Typer(
@@ -56,7 +54,7 @@ def demo(
 ) -> None:
     """Run a MoE language model eager with Hugging Face's experts and compiled with ours, and compare."""
     options = DemoOptions(model, device, dtype, prompt, max_new_tokens, experts, mode, seed)
-    with _refusing():
+    with refusing():
         run_demo(options)
 
 
@@ -113,13 +111,13 @@ def bench_command(
     Compiled, with a dynamic number of tokens; on a GPU, replayed as a CUDA graph over 8 inputs. Other libraries run as
     they are. Results are compared before anything is timed.
     """
-    numbers, names = _numbers(tokens), tuple(contestants.split(","))
-    experts = None if num_experts is None else _numbers(num_experts)
-    with _refusing():
+    counts, names = numbers(tokens), tuple(contestants.split(","))
+    experts = None if num_experts is None else numbers(num_experts)
+    with refusing():
         shapes = own_shapes(hidden_size, intermediate_size, experts, topk, model)
         run_bench(
             BenchOptions(
-                model, shapes, numbers, part, names, device, dtype, json=json, plot=plot, host=host, seed=seed
+                model, shapes, counts, part, names, device, dtype, json=json, plot=plot, host=host, seed=seed
             )
         )
 
@@ -172,7 +170,7 @@ def explain_command(
         "--num-experts": num_experts,
         "--topk": topk,
     }
-    with _refusing():
+    with refusing():
         shape = own_shape(sizes, model, shared_intermediate_size)
         run_explain(
             ExplainOptions(model, shape, tokens, static, activation, experts, device, dtype, html, svg)
@@ -220,27 +218,13 @@ def tune_command(
         "--num-experts": num_experts,
         "--topk": topk,
     }
-    with _refusing():
+    with refusing():
         shape = own_shape(sizes, model, 0)
         sizes_given = shape and shape[:4]
-        run_tune(TuneOptions(model, sizes_given, _numbers(tokens), dtype, device, skew, exhaustive, output))
+        run_tune(TuneOptions(model, sizes_given, numbers(tokens), dtype, device, skew, exhaustive, output))
 
 
-def _numbers(given: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in given.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"must be numbers separated by commas, got {given}") from None
-
-
-@contextmanager
-def _refusing() -> Iterator[None]:
-    """End with a line and status 2 where what was given can't work."""
-    try:
-        yield
-    except Refusal as refusal:
-        Console(stderr=True, soft_wrap=True).print(f"error: {refusal}", markup=False, highlight=False)
-        raise typer.Exit(2) from None
+app.command("simulate")(simulate_command)
 
 
 def main() -> None:

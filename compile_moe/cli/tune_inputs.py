@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compile_moe.cli.moe_layer import columns_of, experts_of, make_layer
 from compile_moe.cli.refusal import Refusal
+from compile_moe.cli.routing import draw_ids, log_popularities
 from compile_moe.ops import sort_tokens
 from compile_moe.ops.named_activations import program_text
 from compile_moe.ops.tuning import Gemm, Shape, gather, scatter
@@ -130,10 +131,6 @@ def make_routing(
     """
     num_experts = experts.shape.num_experts
     generator = torch.Generator().manual_seed(seed)
-    log_popularity = -skew * torch.log(torch.arange(1, num_experts + 1).float())
-    log_popularity = log_popularity[torch.randperm(num_experts, generator=generator)]
-    # The largest of these sums are a sample without replacement.
-    noise = -torch.log(torch.empty(tokens, num_experts).exponential_(generator=generator))
-    ids = (log_popularity + noise).topk(experts.topk).indices
+    ids = draw_ids(log_popularities(num_experts, skew, generator), tokens, experts.topk, generator)
     slots, offsets = sort_tokens(ids.to(device), num_experts)
     return slots, offsets
