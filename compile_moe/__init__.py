@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from compile_moe import integrations, routers
 from compile_moe.activations import Activation
 from compile_moe.checkpoints import repack_awq, repack_compressed_tensors, repack_gptq
+from compile_moe.expert_placement import ExpertPlacement
 from compile_moe.experts import BatchedTorchExperts, BatchedTritonExperts, TorchExperts, TritonExperts
 from compile_moe.fused_experts import fused_experts
 from compile_moe.modular_kernel import (
@@ -18,7 +19,12 @@ from compile_moe.modular_kernel import (
     _moe_problem_size,
 )
 from compile_moe.ops.registry import on_fake_call
-from compile_moe.prepare_finalize import BatchedPrepareAndFinalize, MoEPrepareAndFinalizeNoEP
+from compile_moe.prepare_finalize import (
+    AllGatherPrepareAndFinalize,
+    AllToAllPrepareAndFinalize,
+    BatchedPrepareAndFinalize,
+    MoEPrepareAndFinalizeNoEP,
+)
 from compile_moe.quant_config import FusedMoEQuantConfig
 from compile_moe.quantize_weights import dequantize_weights, quantize_weights
 from compile_moe.warm_up import warm_up
@@ -30,9 +36,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activation",
+    "AllGatherPrepareAndFinalize",
+    "AllToAllPrepareAndFinalize",
     "BatchedPrepareAndFinalize",
     "BatchedTorchExperts",
     "BatchedTritonExperts",
+    "ExpertPlacement",
     "FusedMoEModularKernel",
     "FusedMoEPermuteExpertsUnpermute",
     "FusedMoEPrepareAndFinalize",

@@ -27,6 +27,7 @@ LINES = {
     "first_call": "first compiled call, warm caches:",
     "opcheck_in_your_tests": "compile_moe::fused_moe: test_schema",
     "quantization_error": "mxfp4_w4a16            0.",
+    "expert_parallel": "AllGatherPrepareAndFinalize on 2 ranks",
 }
 
 
@@ -49,9 +50,16 @@ def test_every_example_is_run() -> None:
 
 @pytest.mark.parametrize("name", LINES)
 def test_example(name: str, tmp_path: Path) -> None:
-    done = run(str(EXAMPLES / f"{name}.py"), cwd=tmp_path)
+    by_torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    file = str(EXAMPLES / f"{name}.py")
+    done = run(*(by_torchrun if name == "expert_parallel" else ()), file, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert LINES[name] in done.stdout
+
+
+def test_expert_parallel_without_torchrun(tmp_path: Path) -> None:
+    done = run(str(EXAMPLES / "expert_parallel.py"), cwd=tmp_path)
+    assert done.returncode == 0 and "start me by: torchrun" in done.stdout
 
 
 def test_opcheck_example_under_pytest(tmp_path: Path) -> None:

@@ -1,6 +1,13 @@
 """First and last steps of the layer."""
 
+from compile_moe.prepare_finalize.all_gather import AllGatherPrepareAndFinalize
+from compile_moe.prepare_finalize.all_to_all import AllToAllPrepareAndFinalize
 from compile_moe.prepare_finalize.batched import BatchedPrepareAndFinalize
 from compile_moe.prepare_finalize.no_expert_parallel import MoEPrepareAndFinalizeNoEP
 
-__all__ = ["BatchedPrepareAndFinalize", "MoEPrepareAndFinalizeNoEP"]
+__all__ = [
+    "AllGatherPrepareAndFinalize",
+    "AllToAllPrepareAndFinalize",
+    "BatchedPrepareAndFinalize",
+    "MoEPrepareAndFinalizeNoEP",
+]

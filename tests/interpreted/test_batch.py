@@ -167,11 +167,10 @@ def test_layer(case: str, rows: int) -> None:
     assert_as_accurate(result, kept(layer, rows).layer)
 
 
-@pytest.mark.parametrize("case", ["M0", "odd", "all-on-one"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_quantized_layer(variant: str, case: str) -> None:
+def test_quantized_layer(variant: str) -> None:
     rows = 5
-    q = make_quantized(VARIANTS[variant], **CASES[case])
+    q = make_quantized(VARIANTS[variant], **CASES["odd"])
     layer, scheme = q.layer, q.variant.made
     tokens, scale, scaling = layer.hidden_states, None, scheme.token_scaling
     if scaling is not None:

@@ -1,0 +1,61 @@
+"""Tokens with all that travels along: two messages, whatever the format.
+
+Letters: n rows, K hidden size, G scales of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TokenRows(NamedTuple):
+    """Rows of tokens.
+
+    hidden_states (n, K), quantized or not; topk_ids (n, topk) int32, negative where this row's receiver has nothing to
+    do; topk_weights (n, topk) float32 or float64; scale (n, G) float32 where tokens are quantized, else None.
+    """
+
+    hidden_states: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    scale: Tensor | None
+
+    def moved(self, move: Callable[[list[Tensor]], list[Tensor]]) -> TokenRows:
+        """These rows after ``move`` has exchanged rows of tensors with other ranks, in two messages: K elements a row
+        of the tokens' dtype, and 8 * topk + 4 * G bytes (12 * topk with float64 weights).
+        """
+        tokens = self.hidden_states
+        # Backends don't know all one-byte types.
+        as_bytes = tokens.view(torch.uint8) if tokens.itemsize == 1 else tokens
+        facts = [self.topk_ids, self.topk_weights.contiguous().view(torch.int32)]
+        if self.scale is not None:
+            facts.append(self.scale.view(torch.int32))
+        moved_tokens, moved_facts = move([as_bytes, torch.cat(facts, 1)])
+        widths = [f.size(1) for f in facts]
+        ids, weights, *scales = moved_facts.split(widths, 1)
+        if self.topk_weights.itemsize > 4:
+            # Eight bytes of a row need not lie where eight bytes may.
+            weights = weights.contiguous()
+        return TokenRows(
+            moved_tokens.view(tokens.dtype),
+            ids,
+            weights.view(self.topk_weights.dtype),
+            scales[0].view(torch.float32) if scales else None,
+        )
+
+
+def token_rows(
+    hidden_states: Tensor, scale: Tensor | None, topk_ids: Tensor, topk_weights: Tensor, num_experts: int
+) -> TokenRows:
+    """Rows from what a layer has: ids that name no expert stay recognizable, as -1 or num_experts + 1."""
+    if scale is not None and scale.dim() == 1:
+        # One scale for all tokens of a rank, which other ranks don't share.
+        scale = scale.unsqueeze(0).expand(hidden_states.size(0), 1)
+    ids = topk_ids.clamp(-1, num_experts + 1).to(torch.int32)
+    if topk_weights.dtype is not torch.float64:
+        topk_weights = topk_weights.float()
+    return TokenRows(hidden_states, ids, topk_weights, scale)

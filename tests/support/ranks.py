@@ -1,0 +1,49 @@
+"""Processes of a gloo group on this machine."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+#: Longest wait for another rank, in seconds: compiling, or starting, on a busy machine.
+TIMEOUT = 120.0
+
+
+def spawn(function: Callable[..., None], num_ranks: int, folder: Path, *args: Any) -> None:
+    """Run ``function(rank, num_ranks, *args)`` in as many processes of a gloo group; what a rank raises, is raised."""
+    mp.start_processes(
+        _rank,
+        (num_ranks, str(folder / f"rendezvous-{secrets.token_hex(4)}"), function, args),
+        nprocs=num_ranks,
+        start_method="spawn",
+    )
+
+
+def _rank(
+    rank: int,
+    num_ranks: int,
+    rendezvous: str,
+    function: Callable[..., None],
+    args: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    # Whatever network the machine has.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=num_ranks,
+        timeout=datetime.timedelta(seconds=TIMEOUT),
+    )
+    with torch.no_grad():
+        function(rank, num_ranks, *args)
+    dist.destroy_process_group()
