@@ -22,7 +22,7 @@ from tests.support.ranks import spawn
 
 
 def test_four_ranks(seeded: int, tmp_path: Path) -> None:
-    spawn(run_cases, 4, tmp_path, seeded)
+    spawn(run_cases, 4, tmp_path, seeded, 3)
 
 
 def test_two_ranks(seeded: int, tmp_path: Path) -> None:

@@ -154,7 +154,9 @@ def assert_all_exact(activations: Several) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_pointwise_functions(dynamic: bool) -> None:
-    assert_all_fused(pointwise.ALL, dynamic)
+    # Dynamic sizes change nothing in the epilogue's text: a third of the functions.
+    names = sorted(pointwise.ALL)[:: 3 if dynamic else 1]
+    assert_all_fused({name: pointwise.ALL[name] for name in names}, dynamic)
 
 
 def test_numerics_of_pointwise_functions() -> None:
