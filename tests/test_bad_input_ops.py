@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import textwrap
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from compile_moe.ops import batch_tokens, quantize_tokens
 from tests.support.op_inputs import stage_inputs
 from tests.support.oracle import make_layer
 
@@ -236,3 +238,24 @@ w2_bias must be (E, K) = (5, 48), got (5, 4)
 topk_weights must be (M, topk) = (9, 2), got (9,)
 global_num_experts must be the length of expert_map, 10, got 7""",
     )
+
+
+def orders_with_gaps() -> Iterator[tuple[str, list[Tensor]]]:
+    order = {"sorted_slots": torch.arange(6).int(), "expert_offsets": torch.tensor([0, 2, 6]).int()}
+    for name, t in order.items():
+        for bad in (torch.stack([t, t], 1)[:, 0], t[:1].expand(len(t))):
+            yield name, list((order | {name: bad}).values())
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
+def test_orders_with_gaps(fake: bool) -> None:
+    """Kernels read sorted_slots and expert_offsets without strides."""
+    for name, order in orders_with_gaps():
+        with FakeTensorMode() if fake else contextlib.nullcontext() as mode:
+            given = [mode.from_tensor(t) for t in order] if mode is not None else order
+            tokens = torch.zeros(3, 4)
+            with pytest.raises(ValueError, match=rf"{name} must lie in one piece, got strides .*contiguous"):
+                batch_tokens(tokens, *given, 2, 4)
+            if name == "expert_offsets":
+                with pytest.raises(ValueError, match="expert_offsets must lie in one piece"):
+                    quantize_tokens(tokens, "int8 per token", None, None, given[1])

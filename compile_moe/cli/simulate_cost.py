@@ -72,7 +72,7 @@ class Layer(NamedTuple):
 def kernels_of_bench(path: Path) -> Kernels:
     """From what ``compile-moe bench --part experts --json`` wrote: our experts' times.
 
-    The overhead is what the fewest tokens take beyond their floor.
+    The overhead is what the fewest tokens take beyond their floor: measure one token, too. No share is above 1.
 
     Raises:
         Refusal: a file that is none of those, or has no times of our experts alone.
@@ -81,7 +81,12 @@ def kernels_of_bench(path: Path) -> Kernels:
         found = json.loads(path.read_text(encoding="utf-8"))
         ceilings = Ceilings(**found["ceilings"])
         measured = [
-            (m["microseconds"] * 1e-6, m["floor"] * 1e-6, m["work"]["flops"] / m["work"]["num_bytes"])
+            (
+                m["tokens"],
+                m["floor"] * 1e-6,
+                m["microseconds"] * 1e-6,
+                m["work"]["flops"] / m["work"]["num_bytes"],
+            )
             for m in found["measurements"]
             if m["contestant"] == "compile_moe" and m["microseconds"] is not None and m["floor"] is not None
         ]
@@ -94,10 +99,12 @@ def kernels_of_bench(path: Path) -> Kernels:
         raise Refusal(
             f"--kernels {path} has no times of the contestant compile_moe with --part experts; measure them, too"
         )
-    measured.sort(key=lambda point: point[2])
-    seconds, floor, _ = measured[0]
+    _, floor, seconds, _ = min(measured)
     overhead = max(0.0, seconds - floor)
-    shares = {intensity: floor / max(seconds - overhead, 1e-12) for seconds, floor, intensity in measured}
+    shares = {
+        intensity: min(1.0, floor / max(seconds - overhead, floor))
+        for _, floor, seconds, intensity in sorted(measured, key=lambda point: point[3])
+    }
     return Kernels(ceilings, overhead, tuple(shares.items()))
 
 

@@ -201,6 +201,14 @@ def check_order(
         ),
     )
     check_device(reference_name, reference, sorted_slots=sorted_slots, expert_offsets=expert_offsets)
+    check_in_one_piece(sorted_slots=sorted_slots, expert_offsets=expert_offsets)
+
+
+def check_in_one_piece(**tensors: Tensor) -> None:
+    """Check that tensors of one dimension have no gaps: kernels read them without a stride."""
+    for name, t in tensors.items():
+        if t.stride(0) != 1:
+            raise ValueError(f"{name} must lie in one piece, got strides {t.stride()}; call .contiguous()")
 
 
 def check_batch_size(num_experts: int, max_num_tokens: int) -> None:

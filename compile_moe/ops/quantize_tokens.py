@@ -22,7 +22,14 @@ from torch import Tensor
 from compile_moe.ops.float8_support import no_float8
 from compile_moe.ops.kernels.quantize_per_tensor import quantize_per_tensor
 from compile_moe.ops.kernels.quantize_tokens import quantize_tokens as quantize_per_share
-from compile_moe.ops.problem_size import check_device, check_float_dtype, require, require_type, shape
+from compile_moe.ops.problem_size import (
+    check_device,
+    check_float_dtype,
+    check_in_one_piece,
+    require,
+    require_type,
+    shape,
+)
 from compile_moe.ops.quantized_operands import check_token_scale
 from compile_moe.ops.registry import OutputSpec, define_op
 from compile_moe.quantization import parse_scaling
@@ -71,6 +78,7 @@ def _check(
             lambda: f"expert_offsets must be int32, got {expert_offsets.dtype}",
         )
         check_device("tokens", tokens, expert_offsets=expert_offsets)
+        check_in_one_piece(expert_offsets=expert_offsets)
 
 
 def _outputs(

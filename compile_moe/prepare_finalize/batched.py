@@ -78,6 +78,7 @@ class BatchedPrepareAndFinalize(FusedMoEPrepareAndFinalize):
             hidden_states (E, max_num_tokens, K), of which only rows with tokens are written; scales (1,), or (E,
             max_num_tokens, scales of a token) alike, or None; expert_num_tokens (E,) int32, at most max_num_tokens.
         """
+        self._batch_rows = None  # of a call that failed
         num_local_experts = self._num_local_experts(num_experts, expert_map)
         tokens, scale = quantized_input(
             type(self).__name__,
