@@ -29,7 +29,7 @@ def warm_up(
 
     One small call of the layer, of contiguous tokens at an address that 16 divides, as torch allocates them. Inside a
     CUDA graph capture nothing may compile, so call this, or the layer itself with at least as many tokens, before
-    capturing.
+    capturing. Layers in the batched format launch other kernels: call them once instead.
 
     Args:
         w1, w2, w1_bias, w2_bias, activation, expert_map, quant_config: as for :func:`compile_moe.fused_experts`.

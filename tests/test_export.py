@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -101,6 +102,8 @@ def test_export_of_the_batched_format(device: str) -> None:
     with torch.no_grad():
         m = torch.export.Dim("M", min=2, max=4096)
         program = torch.export.export(block, inputs, dynamic_shapes={"x": {0: m}, "logits": {0: m}})
+        # Tracing leaves a tensor without memory in the block.
+        assert copy.deepcopy(block).parts.num_dropped is None
         for num_tokens in (2, 9, 300):
             given = torch.randn(num_tokens, K, device=device), torch.randn(num_tokens, E, device=device)
             for result, expected in zip(program.module()(*given), block(*given), strict=True):

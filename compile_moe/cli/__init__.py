@@ -7,26 +7,28 @@ from typing import Annotated
 
 import typer
 
-from compile_moe.cli.arguments import numbers, refusing
+from compile_moe.cli.arguments import (
+    DeviceOption,
+    DtypeOption,
+    HiddenSizeOption,
+    IntermediateSizeOption,
+    ModelOption,
+    NumExpertsOption,
+    TopkOption,
+    numbers,
+    refusing,
+    sizes_by_option,
+)
 from compile_moe.cli.bench import BenchOptions, own_shapes, run_bench
 from compile_moe.cli.contestants import CONTESTANTS
 from compile_moe.cli.demo import DemoOptions, run_demo
 from compile_moe.cli.explain import ExplainOptions, own_shape, run_explain
-from compile_moe.cli.moe_layer import MODELS
 from compile_moe.cli.simulate_command import simulate_command
 from compile_moe.cli.tune import TuneOptions, run_tune
 
 app = typer.Typer(
     name="compile-moe", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
 )
-
-DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU where there is one.")
-]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option(help="float32, bfloat16 or float16. Default: float32 on the CPU, bfloat16 on a GPU."),
-]
 
 
 @app.callback()
@@ -60,18 +62,13 @@ def demo(
 
 @app.command("bench")
 def bench_command(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{', '.join(MODELS)}; or a folder with a config.json. Default: qwen3-30b-a3b, unless sizes are given."
-        ),
-    ] = None,
-    hidden_size: Annotated[int | None, typer.Option(help="K, of a shape of your own.")] = None,
-    intermediate_size: Annotated[int | None, typer.Option(help="I, of one expert.")] = None,
+    model: ModelOption = None,
+    hidden_size: HiddenSizeOption = None,
+    intermediate_size: IntermediateSizeOption = None,
     num_experts: Annotated[
         str | None, typer.Option(help="Numbers of experts, separated by commas: the same work over each.")
     ] = None,
-    topk: Annotated[int | None, typer.Option(help="Experts of a token.")] = None,
+    topk: TopkOption = None,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = ",".join(
         map(str, BenchOptions.tokens)
     ),
@@ -124,16 +121,11 @@ def bench_command(
 
 @app.command("explain")
 def explain_command(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{', '.join(MODELS)}; or a folder with a config.json. Default: qwen3-30b-a3b, unless sizes are given."
-        ),
-    ] = None,
-    hidden_size: Annotated[int | None, typer.Option(help="K, of a shape of your own.")] = None,
-    intermediate_size: Annotated[int | None, typer.Option(help="I, of one expert.")] = None,
-    num_experts: Annotated[int | None, typer.Option(help="Number of experts.")] = None,
-    topk: Annotated[int | None, typer.Option(help="Experts of a token.")] = None,
+    model: ModelOption = None,
+    hidden_size: HiddenSizeOption = None,
+    intermediate_size: IntermediateSizeOption = None,
+    num_experts: NumExpertsOption = None,
+    topk: TopkOption = None,
     shared_intermediate_size: Annotated[
         int, typer.Option(help="I of a shared expert beside a shape of your own; 0: none.")
     ] = 0,
@@ -164,12 +156,7 @@ def explain_command(
     The layer is RMSNorm, router, experts, residual and RMSNorm, of the model's own classes. It is compiled, but
     neither allocated nor run.
     """
-    sizes = {
-        "--hidden-size": hidden_size,
-        "--intermediate-size": intermediate_size,
-        "--num-experts": num_experts,
-        "--topk": topk,
-    }
+    sizes = sizes_by_option(hidden_size, intermediate_size, num_experts, topk)
     with refusing():
         shape = own_shape(sizes, model, shared_intermediate_size)
         run_explain(
@@ -179,16 +166,11 @@ def explain_command(
 
 @app.command("tune")
 def tune_command(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{', '.join(MODELS)}; or a folder with a config.json. Default: qwen3-30b-a3b, unless sizes are given."
-        ),
-    ] = None,
-    hidden_size: Annotated[int | None, typer.Option(help="K, of a shape of your own.")] = None,
-    intermediate_size: Annotated[int | None, typer.Option(help="I, of one expert.")] = None,
-    num_experts: Annotated[int | None, typer.Option(help="Number of experts.")] = None,
-    topk: Annotated[int | None, typer.Option(help="Experts of a token.")] = None,
+    model: ModelOption = None,
+    hidden_size: HiddenSizeOption = None,
+    intermediate_size: IntermediateSizeOption = None,
+    num_experts: NumExpertsOption = None,
+    topk: TopkOption = None,
     tokens: Annotated[
         str,
         typer.Option(help="Numbers of tokens, separated by commas; each serves those from half to twice it."),
@@ -197,7 +179,9 @@ def tune_command(
     dtype: DtypeOption = None,
     skew: Annotated[
         float,
-        typer.Option(help="Exponent of the skewed routing: the expert of rank r is as likely as r ** -skew."),
+        typer.Option(
+            help="Exponent of the skewed routing: the r-th most popular expert is as likely as r ** -skew."
+        ),
     ] = TuneOptions.skew,
     exhaustive: Annotated[
         bool,
@@ -212,12 +196,7 @@ def tune_command(
     From the tile that it has without tuning and one of each other kind the search goes to neighbours of the fastest.
     Even and skewed routing count alike. Interrupted, the same command goes on where it was.
     """
-    sizes = {
-        "--hidden-size": hidden_size,
-        "--intermediate-size": intermediate_size,
-        "--num-experts": num_experts,
-        "--topk": topk,
-    }
+    sizes = sizes_by_option(hidden_size, intermediate_size, num_experts, topk)
     with refusing():
         shape = own_shape(sizes, model, 0)
         sizes_given = shape and shape[:4]

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from compile_moe.cli import bench_plot
+from compile_moe.cli.arguments import sizes_by_option
 from compile_moe.cli.bench_results import Measurement, Results, as_json, describe, tables
 from compile_moe.cli.contestants import CONTESTANTS, EXPERTS_ONLY
 from compile_moe.cli.contestants.contestant import Contestant
@@ -72,12 +73,8 @@ def own_shapes(
     Raises:
         Refusal: some of the sizes only, or sizes beside a model.
     """
-    sizes = {
-        "--hidden-size": hidden_size,
-        "--intermediate-size": intermediate_size,
-        "--num-experts": num_experts[0] if num_experts else None,
-        "--topk": topk,
-    }
+    number = num_experts[0] if num_experts else None
+    sizes = sizes_by_option(hidden_size, intermediate_size, number, topk)
     shape = own_shape(sizes, model, 0)
     if shape is None or num_experts is None:
         return None
@@ -108,7 +105,10 @@ def run_bench(options: BenchOptions) -> None:
     def save(results: Results) -> None:
         if options.json is not None:
             with _writing("--json", options.json):
-                options.json.write_text(json.dumps(as_json(results), indent=1) + "\n", encoding="utf-8")
+                # Whole or not at all: an interruption must not take what was there.
+                beside = options.json.with_name(options.json.name + ".part")
+                beside.write_text(json.dumps(as_json(results), indent=1) + "\n", encoding="utf-8")
+                beside.replace(options.json)
 
     with torch.no_grad(), _interrupted_when_terminated():
         results = measure(configs, name, options, device, dtype, save)
@@ -179,9 +179,9 @@ def measure(
                 if options.host and not isinstance(bench, str):
                     results = results._replace(host=(*results.host, *bench.host_times(options.tokens)))
                 del layer, bench  # before the next one is allocated
+            results = results._replace(complete=True)
         except KeyboardInterrupt:
-            return results
-    results = results._replace(complete=True)
+            pass
     save(results)
     return results
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def log_popularities(num_experts: int, skew: float, generator: torch.Generator) -> Tensor:
-    """(E,) such that the expert of rank r is chosen as often as r ** -skew; which expert has which rank is random."""
+    """(E,) such that the r-th most popular expert is chosen as often as r ** -skew; which one that is, is random."""
     by_rank = -skew * torch.log(torch.arange(1, num_experts + 1).float())
     return by_rank[torch.randperm(num_experts, generator=generator)]
 

@@ -178,7 +178,7 @@ def _experts(options: SimulateOptions) -> tuple[str, Experts]:
         hidden_size, intermediate_size, num_experts, topk = options.sizes
         name = f"hidden size {hidden_size}, intermediate size {intermediate_size}, {num_experts} experts, topk {topk}"
         return name, experts_of_sizes(*options.sizes)
-    name = options.model or "deepseek-v3"
+    name = options.model or "qwen3-30b-a3b"
     return name, experts_of_model(configuration(name))
 
 

@@ -7,23 +7,27 @@ from typing import Annotated
 
 import typer
 
-from compile_moe.cli.arguments import exponents, numbers, refusing
+from compile_moe.cli.arguments import (
+    HiddenSizeOption,
+    IntermediateSizeOption,
+    ModelOption,
+    NumExpertsOption,
+    TopkOption,
+    exponents,
+    numbers,
+    refusing,
+    sizes_by_option,
+)
 from compile_moe.cli.explain import own_shape
-from compile_moe.cli.moe_layer import MODELS
 from compile_moe.cli.simulate import DTYPES, SimulateOptions, run_simulate
 
 
 def simulate_command(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{', '.join(MODELS)}; or a folder with a config.json. Default: deepseek-v3, unless sizes are given."
-        ),
-    ] = None,
-    hidden_size: Annotated[int | None, typer.Option(help="K, of a shape of your own.")] = None,
-    intermediate_size: Annotated[int | None, typer.Option(help="I, of one expert.")] = None,
-    num_experts: Annotated[int | None, typer.Option(help="Number of experts.")] = None,
-    topk: Annotated[int | None, typer.Option(help="Experts of a token.")] = None,
+    model: ModelOption = None,
+    hidden_size: HiddenSizeOption = None,
+    intermediate_size: IntermediateSizeOption = None,
+    num_experts: NumExpertsOption = None,
+    topk: TopkOption = None,
     ranks: Annotated[
         str, typer.Option(help="Numbers of ranks, separated by commas; each has one GPU.")
     ] = ",".join(map(str, SimulateOptions.ranks)),
@@ -31,7 +35,7 @@ def simulate_command(
     skew: Annotated[
         str,
         typer.Option(
-            help="Exponents, separated by commas: the expert of rank r is chosen as often as r ** -skew."
+            help="Exponents, separated by commas: the r-th most popular expert is chosen as often as r ** -skew."
         ),
     ] = ",".join(map("{:g}".format, SimulateOptions.skews)),
     dispatch: Annotated[
@@ -77,34 +81,29 @@ def simulate_command(
     Every token travels once to each rank that has an expert of it, and one sum of each comes back; nothing overlaps.
     What the defaults say of links and kernels is nominal (H100, NVLink, 400 Gb/s network), not measured.
     """
-    sizes = {
-        "--hidden-size": hidden_size,
-        "--intermediate-size": intermediate_size,
-        "--num-experts": num_experts,
-        "--topk": topk,
-    }
+    sizes = sizes_by_option(hidden_size, intermediate_size, num_experts, topk)
     with refusing():
         shape = own_shape(sizes, model, 0)
         run_simulate(
             SimulateOptions(
-                model,
-                shape and shape[:4],
-                numbers(ranks),
-                tokens,
-                exponents(skew),
-                dispatch,
-                weights,
-                kernels,
-                matmul,
-                copy,
-                overhead,
-                share,
-                node_size,
-                node_bandwidth,
-                network_bandwidth,
-                node_latency,
-                network_latency,
-                plot,
-                seed,
+                model=model,
+                sizes=shape and shape[:4],
+                ranks=numbers(ranks),
+                tokens=tokens,
+                skews=exponents(skew),
+                dispatch=dispatch,
+                weights=weights,
+                kernels=kernels,
+                matmul=matmul,
+                copy=copy,
+                overhead=overhead,
+                share=share,
+                node_size=node_size,
+                node_bandwidth=node_bandwidth,
+                network_bandwidth=network_bandwidth,
+                node_latency=node_latency,
+                network_latency=network_latency,
+                plot=plot,
+                seed=seed,
             )
         )

@@ -134,7 +134,7 @@ def simulate_layer(
     A token travels once to each rank that has an expert of it, and one sum of each of them comes back.
 
     Args:
-        skew: the expert of rank r is chosen as often as r ** -skew; which expert has which rank is random.
+        skew: the r-th most popular expert is chosen as often as r ** -skew; which one that is, is random.
         dispatched_bytes: of a token on its way to one rank; combined_bytes: of a sum on its way back.
         weight_bytes: of one element of the experts' weights.
     """

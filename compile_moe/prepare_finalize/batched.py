@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from compile_moe.modular_parts import FusedMoEPrepareAndFinalize, PrepareResult
@@ -36,7 +38,7 @@ class BatchedPrepareAndFinalize(FusedMoEPrepareAndFinalize):
 
     #: (E,) int32 on the layer's device: slots of each expert that the latest ``prepare`` dropped; None before it. A
     #: layer in a CUDA graph writes it at each replay. Reading its values is up to the caller, and so is waiting for
-    #: them: add it to a total on the device to look at that now and then.
+    #: them: add it to a total on the device to look at that now and then. An exported program has it as a result.
     num_dropped: Tensor | None = None
 
     reduces_batches = True
@@ -60,6 +62,10 @@ class BatchedPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         self.num_local_experts = num_local_experts
         self.quant_config = quant_config
         self._batch_rows: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what the latest call left: of a call that torch.export traced, these are tensors without memory."""
+        return {**self.__dict__, "num_dropped": None, "_batch_rows": None}
 
     def prepare(
         self,

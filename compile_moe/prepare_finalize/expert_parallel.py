@@ -13,10 +13,9 @@ from compile_moe.modular_parts import FusedMoEPrepareAndFinalize, PrepareResult
 from compile_moe.ops.problem_size import require, shape
 from compile_moe.ops.weight_and_reduce import weight_and_reduce
 from compile_moe.prepare_finalize.collectives import find_group
-from compile_moe.prepare_finalize.no_expert_parallel import MoEPrepareAndFinalizeNoEP
-from compile_moe.prepare_finalize.quantized_input import in_autocast_dtype
+from compile_moe.prepare_finalize.quantized_input import in_autocast_dtype, quantized_input
 from compile_moe.prepare_finalize.token_rows import TokenRows, token_rows
-from compile_moe.quant_config import FusedMoEQuantConfig
+from compile_moe.quant_config import FusedMoEQuantConfig, require_quant_config
 
 
 class ExpertParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
@@ -51,7 +50,8 @@ class ExpertParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
             raise TypeError(
                 f"placement must be a compile_moe.ExpertPlacement, got {type(placement).__name__}"
             )
-        self._local = MoEPrepareAndFinalizeNoEP(quant_config)
+        require_quant_config(quant_config)
+        self.quant_config = quant_config
         self.group = find_group(group)
         if placement.num_ranks != self.group.size:
             raise ValueError(
@@ -113,17 +113,17 @@ class ExpertParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
                 f"{topk_ids.device}; construct it with device=..."
             ),
         )
-        tokens, scale, *_ = self._local.prepare(
+        tokens, scale = quantized_input(
+            type(self).__name__,
+            self.quant_config,
             a1,
             a1_scale,
             a2_scale,
             topk_weights,
             topk_ids,
-            num_experts,
-            expert_map,
             apply_router_weight_on_input,
         )
-        if scale is None:
+        if self.quant_config is None:
             tokens = in_autocast_dtype(tokens)
         rows = token_rows(tokens, scale, topk_ids, topk_weights, self.num_experts)
         rows, way_back = self.dispatch(rows)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compile_moe.ops.kernels.early_launch import await_earlier_kernels, early_launch
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
+from compile_moe.ops.kernels.tiles import row_stride
 
 BLOCK = 1024
 
@@ -60,10 +61,6 @@ def launch_for(
 ) -> Launch:
     m, topk = batch_rows.shape
     num_experts, max_num_tokens, num_columns = batch.shape
-
-    # The stride of a dimension of size 1 means nothing, but would select another specialization.
-    def row_stride(t: Tensor) -> int:
-        return t.stride(0) if m > 1 else topk
 
     args = (
         out,

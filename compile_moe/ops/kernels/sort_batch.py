@@ -26,9 +26,11 @@ def sort_batch_kernel(
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Program (e, j) places rows j of expert e; the first of each expert writes where it starts."""
+    """A program places a block of an expert's rows; the first of each expert writes where it starts."""
     await_earlier_kernels(EARLY)
-    expert = tl.program_id(0)
+    blocks = tl.cdiv(max_num_tokens, BLOCK)
+    expert = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
     e = tl.arange(0, E_POW2)
     # Clamped before they become 32-bit.
     counts = tl.load(expert_num_tokens_ptr + e * stride_e, mask=e < num_experts, other=0)
@@ -36,12 +38,12 @@ def sort_batch_kernel(
     start = tl.sum(tl.where(e < expert, counts, 0), 0)
     count = tl.sum(tl.where(e == expert, counts, 0), 0)
     total = tl.sum(counts, 0)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    i = block * BLOCK + tl.arange(0, BLOCK)
     slot = expert * max_num_tokens + i
     # Behind all tokens: the rows without one of this expert, and before them those of the experts before it.
     place = tl.where(i < count, start + i, total + slot - start - count)
     tl.store(sorted_slots_ptr + place, slot, mask=i < max_num_tokens)
-    if tl.program_id(1) == 0:
+    if block == 0:
         tl.store(expert_offsets_ptr + expert, start)
         tl.store(expert_offsets_ptr + num_experts, total, mask=expert == 0)
 
@@ -59,7 +61,7 @@ def launch_for(
         "num_warps": 4,
         **early_launch(sorted_slots.device),
     }
-    return Launch(sort_batch_kernel, (num_experts, triton.cdiv(max_num_tokens, block)), args, options)
+    return Launch(sort_batch_kernel, (num_experts * triton.cdiv(max_num_tokens, block),), args, options)
 
 
 def sort_batch(
