@@ -75,7 +75,7 @@ def library(tmp_path: Path) -> Path:
     ("file", "old", "new", "expected"),
     [
         # A lowering.
-        ("lowering/weight_and_reduce.py", "ops.add(total, term)", "ops.sub(total, term)", "[[1.0], [2.0]]"),
+        ("lowering/weighted_sum.py", "ops.add(total, term)", "ops.sub(total, term)", "[[1.0], [2.0]]"),
         # A shared shape function: what the fake says.
         ("ops/act_and_mul.py", "gate_up.dtype),", "gate_up.double().dtype),", "[[3.0], [2.0]]"),
         # A kernel, whose launches are none of what inductor compiles.

@@ -153,7 +153,7 @@ def test_a_lowering_that_raises(when: str, monkeypatch: pytest.MonkeyPatch) -> N
         has_another("ir.Pointwise", SimpleNamespace(create=takes_other_arguments))(monkeypatch)
     else:
         other = Without(inductor_compat.ops, "to_dtype")
-        names = "act_and_mul", "weight_and_reduce", "reduce_batch", "quantize_tokens"
+        names = "act_and_mul", "weighted_sum", "quantize_tokens"
         for module in (getattr(compile_moe.lowering, name) for name in names):
             monkeypatch.setattr(module, "ops", other)
     messages = right_with_warnings()
