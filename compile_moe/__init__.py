@@ -24,6 +24,7 @@ from compile_moe.prepare_finalize import (
     AllToAllPrepareAndFinalize,
     BatchedPrepareAndFinalize,
     MoEPrepareAndFinalizeNoEP,
+    TensorParallelPrepareAndFinalize,
 )
 from compile_moe.quant_config import FusedMoEQuantConfig
 from compile_moe.quantize_weights import dequantize_weights, quantize_weights
@@ -48,6 +49,7 @@ __all__ = [
     "FusedMoEQuantConfig",
     "MoEPrepareAndFinalizeNoEP",
     "PrepareResult",
+    "TensorParallelPrepareAndFinalize",
     "TorchExperts",
     "TritonExperts",
     "_moe_problem_size",

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from compile_moe.activations import ActivationLike
+from compile_moe.modular_call import Arguments, ModularCall
 from compile_moe.modular_parts import (
     FusedMoEPermuteExpertsUnpermute,
     FusedMoEPrepareAndFinalize,
     PrepareResult,
-    is_method,
 )
 from compile_moe.ops import _moe_problem_size
-from compile_moe.ops.fused_moe import check_call
-from compile_moe.ops.problem_size import require, require_optional_tensors, require_tensors, shape
 
 __all__ = [
     "FusedMoEModularKernel",
@@ -96,114 +94,37 @@ class FusedMoEModularKernel(torch.nn.Module):
         Raises:
             ValueError, TypeError: arguments that don't fit together.
         """
-        require_tensors(
-            hidden_states=hidden_states, w1=w1, w2=w2, topk_weights=topk_weights, topk_ids=topk_ids
-        )
-        require_optional_tensors(expert_map=expert_map)
-        # No more than what holds for every format of weights: the experts check theirs.
-        check_call(hidden_states, w1, w2, topk_weights, topk_ids, expert_map, apply_router_weight_on_input)
-        E, M, N, K, topk = _moe_problem_size(hidden_states, w1, w2, topk_ids)
-        if global_num_experts == -1:
-            global_num_experts = E if expert_map is None else expert_map.size(0)
-        experts, parts = self.fused_experts, self.prepare_finalize
-        # Overridden on a subclass, a mixin or an instance: then the shortcut doesn't speak for it.
-        has_unfilled = is_method(experts.apply, type(experts).apply_unfilled_counterpart)
-        has_reduce = is_method(parts.finalize, type(parts).reduce_counterpart)
-
-        # As published, buffers exist before prepare, and hold zeros.
-        output = None
-        if not has_reduce:
-            output = hidden_states if inplace else torch.zeros_like(hidden_states)
-        size13, size2, workspace_dtype = 0, 0, hidden_states.dtype
-        if not has_unfilled:
-            size13, size2, workspace_dtype = experts.workspace_shapes(
-                hidden_states, M, N, K, topk, global_num_experts
-            )
-        workspace13 = hidden_states.new_zeros(size13, dtype=workspace_dtype)
-        workspace2 = hidden_states.new_zeros(size2, dtype=workspace_dtype)
-
-        a1q, a1q_scale, expert_num_tokens, ids, weights = _prepare_result(
-            parts.prepare(
-                hidden_states,
-                a1_scale,
-                a2_scale,
-                topk_weights,
-                topk_ids,
-                global_num_experts,
-                expert_map,
-                apply_router_weight_on_input,
-            ),
-            topk_ids,
-            topk_weights,
-        )
-        is_batched = a1q.dim() == 3
-        unfilled = has_unfilled and has_reduce
-        # A user's experts may make tokens of a batch; ours return what they get.
-        require(
-            not has_reduce or is_batched is parts.reduces_batches or (is_batched and not unfilled),
-            lambda: (
-                f"{type(parts).__name__} prepared {shape(a1q)}, but its finalize is for "
-                f"{'batches (E, max_num_tokens, K)' if parts.reduces_batches else 'tokens (M, K)'}; override "
-                "finalize, too"
-            ),
-        )
-        apply = experts.apply_unfilled if unfilled else experts.apply
-        fused_out = apply(  # type: ignore[misc]
-            a1q,
+        return self.start(
+            hidden_states,
             w1,
             w2,
-            ids,
-            activation=activation,
-            global_num_experts=global_num_experts,
-            expert_map=expert_map,
-            w1_scale=w1_scale,
-            w2_scale=w2_scale,
-            w1_zp=w1_zp,
-            w2_zp=w2_zp,
-            a1q_scale=a1q_scale,
-            a2_scale=a2_scale,
-            workspace13=workspace13,
-            workspace2=workspace2,
-            expert_num_tokens=expert_num_tokens,
-        )
-        if output is not None:
-            parts.finalize(output, fused_out, topk_weights, topk_ids, apply_router_weight_on_input)
-            return output
-        mask = (ids, expert_map, E) if unfilled else (None, None, -1)
-        if not unfilled:
-            sizes = "E, max_num_tokens, K" if parts.reduces_batches else "M, topk, K"
-            expected = (*(a1q.shape[:2] if parts.reduces_batches else (ids.size(0), topk)), K)
-            require(
-                tuple(fused_out.shape) == expected,
-                lambda: f"apply must return ({sizes}) = {expected}, got {shape(fused_out)}",
-            )
-            fused_out = fused_out.to(hidden_states.dtype)
-        result = parts.reduce(  # type: ignore[misc]
-            fused_out, weights, *mask, apply_router_weight_on_input
-        )
-        require(
-            tuple(result.shape) == (M, K),
-            lambda: (
-                f"reduce must return (M, K) = {(M, K)}, got {shape(result)}; where prepare dispatches other rows, "
-                "finalize must bring them back: override it"
-            ),
-        )
-        return hidden_states.copy_(result) if inplace else result
+            topk_weights,
+            topk_ids,
+            inplace,
+            activation,
+            global_num_experts,
+            expert_map,
+            w1_scale,
+            w2_scale,
+            w1_zp,
+            w2_zp,
+            a1_scale,
+            a2_scale,
+            apply_router_weight_on_input,
+        ).result()
 
+    def start(self, *arguments: Any, **options: Any) -> ModularCall:
+        """Begin a call with ``forward``'s arguments, as far as sending the tokens to their experts.
 
-def _prepare_result(
-    returned: Any, topk_ids: Tensor, topk_weights: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """What ``prepare`` returned, with the layer's ids and weights where it gave none."""
-    if not isinstance(returned, tuple) or len(returned) not in (3, 5) or not isinstance(returned[0], Tensor):
-        given = f"a tuple of {len(returned)}" if isinstance(returned, tuple) else type(returned).__name__
-        raise TypeError(
-            "prepare must return (hidden_states, scale, expert_num_tokens) or a compile_moe.PrepareResult, "
-            f"got {given}"
-        )
-    result = PrepareResult(*returned)
-    return (
-        *result[:3],
-        topk_ids if result.topk_ids is None else result.topk_ids,
-        topk_weights if result.topk_weights is None else result.topk_weights,
-    )
+        Other work can run while they travel there and back, such as a shared expert:
+
+        >>> call = layer.start(hidden_states, w1, w2, topk_weights, topk_ids)           # doctest: +SKIP
+        >>> gate_up = shared.gate_up_proj(hidden_states)    # while tokens travel        # doctest: +SKIP
+        >>> call.compute()                                                              # doctest: +SKIP
+        >>> shared_out = shared.down_proj(act(gate_up))     # while results travel       # doctest: +SKIP
+        >>> out = call.result() + shared_out                                            # doctest: +SKIP
+
+        or the next microbatch's call, through a layer with prepare/finalize parts of its own. On one device nothing
+        travels. Inductor keeps this order in compiled code. Hooks on this module do not run.
+        """
+        return ModularCall(self.prepare_finalize, self.fused_experts, Arguments(*arguments, **options))

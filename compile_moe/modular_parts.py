@@ -40,6 +40,13 @@ class FusedMoEPrepareAndFinalize(ABC):
     #: slot). The kernel uses it where ``finalize`` is the very function that it names as its counterpart.
     reduce: Callable[..., Tensor] | None = None
     reduce_counterpart: Callable[..., None] | None = None
+    #: ``prepare`` and ``reduce`` in two steps, where there is something to wait for: what they start is awaited by the
+    #: function that they return, which gives what ``prepare`` and ``reduce`` give. The kernel uses them where
+    #: ``prepare`` and ``reduce`` are the very functions that they name as their counterparts.
+    prepare_async: Callable[..., Callable[[], Any]] | None = None
+    prepare_async_counterpart: Callable[..., Any] | None = None
+    reduce_async: Callable[..., Callable[[], Tensor]] | None = None
+    reduce_async_counterpart: Callable[..., Tensor] | None = None
     #: Whether ``reduce`` takes the experts' results as a batch (E, max_num_tokens, K) instead of (M, topk, K).
     reduces_batches: bool = False
 

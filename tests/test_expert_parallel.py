@@ -15,14 +15,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 
 from compile_moe import AllToAllPrepareAndFinalize
 from tests.support.expert_parallel import Case, make_shard, placements, run_cases
 from tests.support.ranks import spawn
+from tests.support.tensor_parallel import make_tensor_shard, run_tensor_parallel
+
+#: What lets inductor compute while collectives run, as the README has it.
+OVERLAP = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": ["raise_comms", "sink_waits"],
+}
 
 
 def test_four_ranks(seeded: int, tmp_path: Path) -> None:
-    spawn(run_cases, 4, tmp_path, seeded, 3)
+    spawn(_four_ranks, 4, tmp_path, seeded)
+
+
+def _four_ranks(rank: int, num_ranks: int, seed: int) -> None:
+    run_cases(rank, num_ranks, seed, 3)
+    run_tensor_parallel(rank, num_ranks, seed)
 
 
 def test_two_ranks(seeded: int, tmp_path: Path) -> None:
@@ -31,7 +44,11 @@ def test_two_ranks(seeded: int, tmp_path: Path) -> None:
 
 def _two_ranks(rank: int, num_ranks: int, seed: int) -> None:
     run_cases(rank, num_ranks, seed)
+    run_tensor_parallel(rank, num_ranks, seed)
     _two_groups(rank, seed)
+    _starts_without_waiting(rank, seed)
+    _microbatches(rank, seed)
+    _inductor_overlaps(rank, seed)
     _compiled_once(rank, seed, "all_gather", "")
     _compiled_once(rank, seed, "all_gather_at_most_9", "")
     compiled = _compiled_once(rank, seed, "all_to_all", "fp8_w8a8_channel")
@@ -66,6 +83,62 @@ def _compiled_once(rank: int, seed: int, parts: str, variant: str) -> Callable[.
             shard.check(result)
     assert counter.frame_count == 1, f"{parts} compiled {counter.frame_count} times"
     return compiled
+
+
+def _starts_without_waiting(rank: int, seed: int) -> None:
+    """One rank sends its tokens, and goes on, before the other begins; and so on the way back."""
+    torch.manual_seed(seed)
+    shard = make_shard(Case("all_gather_equal", num_tokens="even"), rank, 2)
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 1:
+        store.wait(["rank 0 has started"])
+    call = shard.kernel.start(*shard.args, **shard.options)
+    if rank == 0:
+        store.set("rank 0 has started", "")
+    else:
+        store.wait(["rank 0 has computed"])
+    call.compute()
+    if rank == 0:
+        # Rank 1 has sent its tokens, but nothing back.
+        store.set("rank 0 has computed", "")
+    result = call.result()
+    shard.check(result)
+    call.compute()
+    assert call.result() is result
+
+
+def _microbatches(rank: int, seed: int) -> None:
+    """Two calls under way, each through parts of its own."""
+    torch.manual_seed(seed)
+    shards = [
+        make_shard(Case(parts, layer={"skipped": True}), rank, 2) for parts in ("all_to_all", "all_gather")
+    ]
+    shards.append(make_tensor_shard("reduced", rank, 2))
+    shards.append(make_tensor_shard("one_device", rank, 2))
+    calls = [shard.kernel.start(*shard.args, **shard.options) for shard in shards]
+    for call in calls[:-1]:
+        call.compute()
+    for shard, call in zip(shards, calls, strict=True):
+        shard.check(call.result())
+
+
+def _inductor_overlaps(rank: int, seed: int) -> None:
+    """A shared expert, written behind the layer, is computed while the tokens travel."""
+    torch.compiler.reset()
+    torch.manual_seed(seed)
+    shard = make_shard(Case("all_gather_equal", num_tokens="even"), rank, 2)
+    x = shard.args[0]
+    w1, w2 = torch.randn(x.size(1), 32), torch.randn(32, x.size(1))
+
+    def layer_and_shared_expert(*args: Tensor) -> tuple[Tensor, Tensor]:
+        return shard.kernel(*args, **shard.options), (args[0] @ w1).relu() @ w2
+
+    compiled = torch.compile(layer_and_shared_expert, fullgraph=True, options=OVERLAP)
+    (result, shared), (code,) = run_and_get_code(compiled, *shard.args)
+    shard.check(result)
+    torch.testing.assert_close(shared, (x @ w1).relu() @ w2)
+    sent = code.rindex("all_gather_into_tensor.default(")
+    assert sent < code.index("extern_kernels.mm(") < code.index("wait_tensor.default(", sent)
 
 
 def _rank_that_hangs(rank: int, seed: int) -> None:

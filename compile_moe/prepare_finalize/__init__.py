@@ -4,10 +4,12 @@ from compile_moe.prepare_finalize.all_gather import AllGatherPrepareAndFinalize
 from compile_moe.prepare_finalize.all_to_all import AllToAllPrepareAndFinalize
 from compile_moe.prepare_finalize.batched import BatchedPrepareAndFinalize
 from compile_moe.prepare_finalize.no_expert_parallel import MoEPrepareAndFinalizeNoEP
+from compile_moe.prepare_finalize.tensor_parallel import TensorParallelPrepareAndFinalize
 
 __all__ = [
     "AllGatherPrepareAndFinalize",
     "AllToAllPrepareAndFinalize",
     "BatchedPrepareAndFinalize",
     "MoEPrepareAndFinalizeNoEP",
+    "TensorParallelPrepareAndFinalize",
 ]

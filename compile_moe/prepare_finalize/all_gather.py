@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from compile_moe.expert_placement import ExpertPlacement
 from compile_moe.ops.problem_size import require, require_int
-from compile_moe.prepare_finalize.collectives import all_gather, as_sizes, reduce_scatter
+from compile_moe.prepare_finalize.collectives import all_gather, as_sizes, reduce_scatter, wait
 from compile_moe.prepare_finalize.expert_parallel import ExpertParallelPrepareAndFinalize
 from compile_moe.prepare_finalize.token_rows import TokenRows
 from compile_moe.quant_config import FusedMoEQuantConfig
@@ -24,7 +25,7 @@ class AllGatherPrepareAndFinalize(ExpertParallelPrepareAndFinalize):
     experts a token and small batches; :class:`AllToAllPrepareAndFinalize` sends less where topk is well below R.
 
     Args:
-        placement, group, quant_config, device: see :class:`ExpertParallelPrepareAndFinalize`.
+        placement, group, quant_config, device, tensor_parallel_size: see :class:`ExpertParallelPrepareAndFinalize`.
         num_tokens: what is known of the ranks' token counts.
 
             - "exchanged": nothing. Each call exchanges them, for which the host waits once, and pads to the largest.
@@ -44,8 +45,9 @@ class AllGatherPrepareAndFinalize(ExpertParallelPrepareAndFinalize):
         device: torch.device | str | None = None,
         *,
         num_tokens: int | Literal["exchanged", "equal"] = "exchanged",
+        tensor_parallel_size: int = 1,
     ) -> None:
-        super().__init__(placement, group, quant_config, device)
+        super().__init__(placement, group, quant_config, device, tensor_parallel_size)
         if num_tokens not in ("exchanged", "equal"):
             if isinstance(num_tokens, str):
                 raise ValueError(f"num_tokens must be 'exchanged', 'equal' or an int, got {num_tokens!r}")
@@ -54,18 +56,21 @@ class AllGatherPrepareAndFinalize(ExpertParallelPrepareAndFinalize):
                 raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
         self.num_tokens = num_tokens
 
-    def dispatch(self, rows: TokenRows) -> tuple[TokenRows, int]:
-        m = rows.topk_ids.size(0)
-        gathered = self._padded(rows).moved(lambda tensors: all_gather(tensors, self.group))
+    def dispatch(self, rows: TokenRows) -> tuple[Callable[[], TokenRows], int]:
+        arrived = self._padded(rows).sent(lambda tensors: all_gather(tensors, self.group))
         if self.owner_tables.num_copies is not None:
-            # The map sends a replicated expert to a local one on each of its ranks.
-            ids = gathered.topk_ids
-            is_mine = self.owner_tables.owners(ids) == self.group.rank
-            gathered = gathered._replace(topk_ids=torch.where(is_mine | (ids > self.num_experts), ids, -1))
-        return gathered, m
+            return lambda: self._without_copies(arrived()), rows.topk_ids.size(0)
+        return arrived, rows.topk_ids.size(0)
 
-    def combine(self, partial: Tensor, way_back: int) -> Tensor:
-        return reduce_scatter(partial, self.group)[:way_back]
+    def combine(self, partial: Tensor, way_back: int) -> Callable[[], Tensor]:
+        started = reduce_scatter(partial, self.group)
+        return lambda: wait(started)[0][:way_back]
+
+    def _without_copies(self, gathered: TokenRows) -> TokenRows:
+        """Rows without slots that another rank computes: the map has a local expert for a replicated one on each."""
+        ids = gathered.topk_ids
+        is_mine = self.owner_tables.owners(ids) == self.rank_of_experts
+        return gathered._replace(topk_ids=torch.where(is_mine | (ids > self.num_experts), ids, -1))
 
     def _padded(self, rows: TokenRows) -> TokenRows:
         """Rows up to the number that all ranks have."""
@@ -74,7 +79,8 @@ class AllGatherPrepareAndFinalize(ExpertParallelPrepareAndFinalize):
         m = rows.topk_ids.size(0)
         if self.num_tokens == "exchanged":
             own = torch.full((1,), m, dtype=torch.int64, device=rows.topk_ids.device)
-            (size,) = as_sizes(all_gather([own], self.group)[0].amax(0, keepdim=True))
+            (counts,) = wait(all_gather([own], self.group))
+            (size,) = as_sizes(counts.amax(0, keepdim=True))
             torch._check(size >= m)
         else:
             size = int(self.num_tokens)

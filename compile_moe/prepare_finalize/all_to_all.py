@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compile_moe.ops.weight_and_reduce import weight_and_reduce
-from compile_moe.prepare_finalize.collectives import all_to_all, as_sizes
+from compile_moe.prepare_finalize.collectives import all_to_all, as_sizes, wait
 from compile_moe.prepare_finalize.expert_parallel import ExpertParallelPrepareAndFinalize
 from compile_moe.prepare_finalize.token_rows import TokenRows
 
@@ -40,18 +41,18 @@ class AllToAllPrepareAndFinalize(ExpertParallelPrepareAndFinalize):
     ``fullgraph=True`` or ``torch._dynamo.config.capture_scalar_outputs = True``, else the graph breaks there.
     """
 
-    def dispatch(self, rows: TokenRows) -> tuple[TokenRows, WayBack]:
-        size, rank = self.group.size, self.group.rank
+    def dispatch(self, rows: TokenRows) -> tuple[Callable[[], TokenRows], WayBack]:
+        size, share = self.group.size, self.tensor_parallel_size
         ids = rows.topk_ids
         m, topk = ids.shape
         # Each rank starts at another copy of a replicated expert.
-        ranks = self.owner_tables.owners(ids, first_token=rank)
+        ranks = self.owner_tables.owners(ids, first_token=self.rank_of_experts)
         # Ids beyond the last are this rank's own affair: its experts raise.
-        ranks = torch.where(ids > self.num_experts, rank, ranks)
+        ranks = torch.where(ids > self.num_experts, self.rank_of_experts, ranks)
 
         # Rows in the order of (receiver, token).
         receivers = torch.arange(size, device=ids.device)
-        is_sent = (ranks == receivers.view(size, 1, 1)).any(-1)
+        is_sent = (ranks == (receivers // share).view(size, 1, 1)).any(-1)
         places = is_sent.flatten().cumsum(0).view(size, m) - 1
         num_sent, num_received = self._exchange_sizes(is_sent.sum(1))
         total = sum(num_sent)
@@ -62,33 +63,40 @@ class AllToAllPrepareAndFinalize(ExpertParallelPrepareAndFinalize):
         tokens, receiver = sent // size, (sent % size).unsqueeze(1)
         outgoing = TokenRows(
             _take(rows.hidden_states, tokens),
-            torch.where(ranks[tokens] == receiver, ids[tokens], -1),
+            torch.where(ranks[tokens] == receiver // share, ids[tokens], -1),
             rows.topk_weights[tokens],
             None if rows.scale is None else rows.scale[tokens],
         )
-        incoming = outgoing.moved(lambda tensors: all_to_all(tensors, num_sent, num_received, self.group))
+        arrived = outgoing.sent(lambda tensors: all_to_all(tensors, num_sent, num_received, self.group))
 
-        if size <= topk:
+        if size <= topk * share:
             own_rows, is_own = places.t(), is_sent.t()
         else:
-            own_rows, is_own = places.t().gather(1, ranks.clamp(min=0)), _is_first(ranks)
-        return incoming, WayBack(num_sent, num_received, torch.where(is_own, own_rows, 0), is_own)
+            shares = torch.arange(share, device=ids.device)
+            computing = (ranks.clamp(min=0).unsqueeze(2) * share + shares).flatten(1)
+            own_rows, is_own = places.t().gather(1, computing), _is_first(ranks).repeat_interleave(share, 1)
+        return arrived, WayBack(num_sent, num_received, torch.where(is_own, own_rows, 0), is_own)
 
-    def combine(self, partial: Tensor, way_back: WayBack) -> Tensor:
+    def combine(self, partial: Tensor, way_back: WayBack) -> Callable[[], Tensor]:
         num_sent, num_received, rows, is_sent = way_back
-        (returned,) = all_to_all([partial], num_received, num_sent, self.group)
-        if torch.compiler.is_compiling() or returned.size(0) == 0:
-            # So that row 0 exists. In a graph nothing is copied: it becomes a bound of the gather.
-            returned = F.pad(returned, (0, 0, 0, 1))
-        # The experts' weights are applied already; a row that wasn't sent is a skipped slot.
-        ids = torch.where(is_sent, 0, -1)
-        ones = torch.ones_like(rows, dtype=torch.float32)
-        return weight_and_reduce(returned[rows], ones, ids, None, 1, False)
+        started = all_to_all([partial], num_received, num_sent, self.group)
+
+        def summed() -> Tensor:
+            (returned,) = wait(started)
+            if torch.compiler.is_compiling() or returned.size(0) == 0:
+                # So that row 0 exists. In a graph nothing is copied: it becomes a bound of the gather.
+                returned = F.pad(returned, (0, 0, 0, 1))
+            # The experts' weights are applied already; a row that wasn't sent is a skipped slot.
+            ids = torch.where(is_sent, 0, -1)
+            ones = torch.ones_like(rows, dtype=torch.float32)
+            return weight_and_reduce(returned[rows], ones, ids, None, 1, False)
+
+        return summed
 
     def _exchange_sizes(self, num_sent: Tensor) -> tuple[list[int], list[int]]:
         size = self.group.size
         each = [1] * size
-        (num_received,) = all_to_all([num_sent], each, each, self.group)
+        (num_received,) = wait(all_to_all([num_sent], each, each, self.group))
         sizes = as_sizes(torch.cat([num_sent, num_received]))
         return sizes[:size], sizes[size:]
 

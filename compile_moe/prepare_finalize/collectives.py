@@ -4,6 +4,8 @@ The only file that uses torch's functional collectives, whose Python module is p
 between versions; the ops below them, which compiled graphs hold, have kept their schemas (torch 2.13 tested).
 Graphs name a group by a string, so that nothing of torch.distributed is traced. Inductor keeps collectives in the order
 of the program, on every rank the same.
+
+Every function but ``wait`` starts what it names: what a program does before it waits runs beside it.
 """
 
 from __future__ import annotations
@@ -59,25 +61,31 @@ def find_group(group: Any) -> Group:
 
 def all_gather(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     """Each tensor (n, ...) of all ranks, one after the other: (size * n, ...). n is the same on all ranks."""
-    started = [_ops.all_gather_into_tensor(t.contiguous(), group.size, group.name) for t in tensors]
-    return [_ops.wait_tensor(t) for t in started]
+    return [_ops.all_gather_into_tensor(t.contiguous(), group.size, group.name) for t in tensors]
 
 
-def reduce_scatter(t: Tensor, group: Group) -> Tensor:
+def all_reduce(t: Tensor, group: Group) -> list[Tensor]:
+    """The sum over all ranks."""
+    return [_ops.all_reduce(t.contiguous(), "sum", group.name)]
+
+
+def reduce_scatter(t: Tensor, group: Group) -> list[Tensor]:
     """This rank's part (n, ...) of the sum over all ranks of (size * n, ...)."""
-    started = _ops.reduce_scatter_tensor(t.contiguous(), "sum", group.size, group.name)
-    result: Tensor = _ops.wait_tensor(started)
-    return result
+    return [_ops.reduce_scatter_tensor(t.contiguous(), "sum", group.size, group.name)]
 
 
 def all_to_all(
     tensors: Sequence[Tensor], num_sent: Sequence[int], num_received: Sequence[int], group: Group
 ) -> list[Tensor]:
     """Rows for each rank in turn, ``num_sent`` of them, exchanged for ``num_received`` rows from each rank in turn."""
-    started = [
+    return [
         _ops.all_to_all_single(t.contiguous(), list(num_received), list(num_sent), group.name)
         for t in tensors
     ]
+
+
+def wait(started: Sequence[Tensor]) -> list[Tensor]:
+    """What the functions above started, once it has arrived: until then the tensors hold nothing."""
     return [_ops.wait_tensor(t) for t in started]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from compile_moe.expert_placement import ExpertPlacement
 from compile_moe.modular_parts import FusedMoEPrepareAndFinalize, PrepareResult
-from compile_moe.ops.problem_size import require, shape
+from compile_moe.ops.problem_size import require, require_int, shape
 from compile_moe.ops.weight_and_reduce import weight_and_reduce
 from compile_moe.prepare_finalize.collectives import find_group
 from compile_moe.prepare_finalize.quantized_input import in_autocast_dtype, quantized_input
@@ -30,6 +31,9 @@ class ExpertParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         quant_config: how the experts want their tokens quantized, or None. Quantized tokens are sent as such, each with
             its scale. A computed scale per tensor is that of the sending rank's tokens.
         device: where the tokens are; None for the current CUDA device where the group's backend is NCCL, else the CPU.
+        tensor_parallel_size: t, ranks that share the experts of one rank of the placement: ranks t * r … t * r + t - 1
+            of the group have, of each expert of rank r, 1 / t of the intermediate size, as
+            :class:`TensorParallelPrepareAndFinalize` describes it. Their results are summed on the way back, too.
 
     Attributes:
         expert_map: (num_experts,) int32 on ``device``: pass it to the layer's call.
@@ -45,6 +49,7 @@ class ExpertParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         group: Any = None,
         quant_config: FusedMoEQuantConfig | None = None,
         device: torch.device | str | None = None,
+        tensor_parallel_size: int = 1,
     ) -> None:
         if not isinstance(placement, ExpertPlacement):
             raise TypeError(
@@ -53,26 +58,53 @@ class ExpertParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         require_quant_config(quant_config)
         self.quant_config = quant_config
         self.group = find_group(group)
-        if placement.num_ranks != self.group.size:
+        require_int("tensor_parallel_size", tensor_parallel_size)
+        if placement.num_ranks * tensor_parallel_size != self.group.size:
+            times = (
+                "" if tensor_parallel_size == 1 else f" with tensor_parallel_size = {tensor_parallel_size}"
+            )
             raise ValueError(
                 f"placement must be for the ranks of the group, {self.group.size}, got one for {placement.num_ranks}"
+                f"{times}"
             )
         device = self.group.device if device is None else device
         self.placement = placement
         self.num_experts = placement.num_experts
-        self.expert_map = placement.expert_map(self.group.rank, device)
+        self.tensor_parallel_size = tensor_parallel_size
+        #: In the placement.
+        self.rank_of_experts = self.group.rank // tensor_parallel_size
+        self.expert_map = placement.expert_map(self.rank_of_experts, device)
         self.owner_tables = placement.owner_tables(device)
         self._way_back: Any = None
 
     @abstractmethod
-    def dispatch(self, rows: TokenRows) -> tuple[TokenRows, Any]:
-        """Exchange this rank's tokens for those that it computes, and say how ``combine`` finds back."""
+    def dispatch(self, rows: TokenRows) -> tuple[Callable[[], TokenRows], Any]:
+        """Start to exchange this rank's tokens for those that it computes.
+
+        Returns:
+            A function that waits for them, and how ``combine`` finds back.
+        """
 
     @abstractmethod
-    def combine(self, partial: Tensor, way_back: Any) -> Tensor:
-        """(M, K): the sums over all ranks of the dispatched rows' ``partial`` results, for this rank's tokens."""
+    def combine(self, partial: Tensor, way_back: Any) -> Callable[[], Tensor]:
+        """Start to send the dispatched rows' ``partial`` results back.
 
-    def prepare(
+        Returns:
+            A function that waits for those of this rank's tokens: (M, K), the sums over all ranks.
+        """
+
+    def prepare(self, *arguments: Any, **options: Any) -> PrepareResult:
+        """Weight the tokens if asked, quantize them if the config's scheme does, and send them to their experts.
+
+        Under autocast they are cast to its dtype first.
+
+        Returns:
+            The tokens that this rank computes, (n, K); their scales, (n, G), or None; and their topk_ids (n, topk)
+            int32, global, -1 for other ranks' slots, and topk_weights (n, topk) float32 (float64 for float64).
+        """
+        return self.prepare_async(*arguments, **options)()
+
+    def prepare_async(
         self,
         a1: Tensor,
         a1_scale: Tensor | None,
@@ -82,15 +114,9 @@ class ExpertParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         num_experts: int,
         expert_map: Tensor | None,
         apply_router_weight_on_input: bool,
-    ) -> PrepareResult:
-        """Weight the tokens if asked, quantize them if the config's scheme does, and send them to their experts.
-
-        Under autocast they are cast to its dtype first.
-
-        Returns:
-            The tokens that this rank computes, (n, K); their scales, (n, G), or None; and their topk_ids (n, topk)
-            int32, global, -1 for other ranks' slots, and topk_weights (n, topk) float32 (float64 for float64).
-        """
+    ) -> Callable[[], PrepareResult]:
+        """``prepare``, but for the wait until the tokens are here, which the returned function does."""
+        self._way_back = None  # of a call that failed
         require(
             num_experts == self.num_experts,
             lambda: (
@@ -126,11 +152,18 @@ class ExpertParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         if self.quant_config is None:
             tokens = in_autocast_dtype(tokens)
         rows = token_rows(tokens, scale, topk_ids, topk_weights, self.num_experts)
-        rows, way_back = self.dispatch(rows)
-        self._way_back = rows.topk_weights, way_back
-        return PrepareResult(
-            rows.hidden_states, rows.scale, None, topk_ids=rows.topk_ids, topk_weights=rows.topk_weights
-        )
+        arrived, way_back = self.dispatch(rows)
+
+        def prepared() -> PrepareResult:
+            rows = arrived()
+            self._way_back = rows.topk_weights, way_back
+            return PrepareResult(
+                rows.hidden_states, rows.scale, None, topk_ids=rows.topk_ids, topk_weights=rows.topk_weights
+            )
+
+        return prepared
+
+    prepare_async_counterpart = prepare
 
     def finalize(
         self,
@@ -146,7 +179,11 @@ class ExpertParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
             self.reduce(fused_expert_output, dispatched_weights, None, None, -1, apply_router_weight_on_input)
         )
 
-    def reduce(
+    def reduce(self, *arguments: Any, **options: Any) -> Tensor:
+        """``finalize`` as a function of the dispatched weights and ids, ignoring skipped slots if topk_ids is given."""
+        return self.reduce_async(*arguments, **options)()
+
+    def reduce_async(
         self,
         fused_expert_output: Tensor,
         topk_weights: Tensor,
@@ -154,8 +191,8 @@ class ExpertParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         expert_map: Tensor | None,
         num_experts: int,
         apply_router_weight_on_input: bool,
-    ) -> Tensor:
-        """``finalize`` as a function of the dispatched weights and ids, ignoring skipped slots if topk_ids is given."""
+    ) -> Callable[[], Tensor]:
+        """``reduce``, but for the wait until the sums are here, which the returned function does."""
         _, way_back = self._remembered()
         self._way_back = None
         expected = tuple(topk_weights.shape)
@@ -177,6 +214,7 @@ class ExpertParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         return self.combine(partial, way_back)
 
     reduce_counterpart = finalize
+    reduce_async_counterpart = reduce
 
     def _remembered(self) -> Any:
         if self._way_back is None:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compile_moe.prepare_finalize.collectives import wait
+
 
 class TokenRows(NamedTuple):
     """Rows of tokens.
@@ -24,9 +26,11 @@ class TokenRows(NamedTuple):
     topk_weights: Tensor
     scale: Tensor | None
 
-    def moved(self, move: Callable[[list[Tensor]], list[Tensor]]) -> TokenRows:
-        """These rows after ``move`` has exchanged rows of tensors with other ranks, in two messages: K elements a row
-        of the tokens' dtype, and 8 * topk + 4 * G bytes (12 * topk with float64 weights).
+    def sent(self, start: Callable[[list[Tensor]], list[Tensor]]) -> Callable[[], TokenRows]:
+        """Let ``start`` begin to exchange rows of tensors with other ranks; a function that waits for what arrives.
+
+        In two messages: K elements a row of the tokens' dtype, and 8 * topk + 4 * G bytes (12 * topk with float64
+        weights).
         """
         tokens = self.hidden_states
         # Backends don't know all one-byte types.
@@ -34,18 +38,22 @@ class TokenRows(NamedTuple):
         facts = [self.topk_ids, self.topk_weights.contiguous().view(torch.int32)]
         if self.scale is not None:
             facts.append(self.scale.view(torch.int32))
-        moved_tokens, moved_facts = move([as_bytes, torch.cat(facts, 1)])
-        widths = [f.size(1) for f in facts]
-        ids, weights, *scales = moved_facts.split(widths, 1)
-        if self.topk_weights.itemsize > 4:
-            # Eight bytes of a row need not lie where eight bytes may.
-            weights = weights.contiguous()
-        return TokenRows(
-            moved_tokens.view(tokens.dtype),
-            ids,
-            weights.view(self.topk_weights.dtype),
-            scales[0].view(torch.float32) if scales else None,
-        )
+        started = start([as_bytes, torch.cat(facts, 1)])
+
+        def arrived() -> TokenRows:
+            moved_tokens, moved_facts = wait(started)
+            ids, weights, *scales = moved_facts.split([f.size(1) for f in facts], 1)
+            if self.topk_weights.itemsize > 4:
+                # Eight bytes of a row need not lie where eight bytes may.
+                weights = weights.contiguous()
+            return TokenRows(
+                moved_tokens.view(tokens.dtype),
+                ids,
+                weights.view(self.topk_weights.dtype),
+                scales[0].view(torch.float32) if scales else None,
+            )
+
+        return arrived
 
 
 def token_rows(
