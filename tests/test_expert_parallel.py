@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
 from compile_moe import AllToAllPrepareAndFinalize
+from tests.support.bench_ranks import measure_on_ranks
 from tests.support.expert_parallel import Case, make_shard, placements, run_cases
 from tests.support.ranks import spawn
 from tests.support.tensor_parallel import make_tensor_shard, run_tensor_parallel
@@ -45,6 +46,7 @@ def test_two_ranks(seeded: int, tmp_path: Path) -> None:
 def _two_ranks(rank: int, num_ranks: int, seed: int) -> None:
     run_cases(rank, num_ranks, seed)
     run_tensor_parallel(rank, num_ranks, seed)
+    measure_on_ranks(rank, num_ranks, seed)
     _two_groups(rank, seed)
     _starts_without_waiting(rank, seed)
     _microbatches(rank, seed)

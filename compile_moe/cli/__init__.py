@@ -1,4 +1,4 @@
-"""Command line of the library: ``compile-moe demo``, ``bench``, ``explain``, ``tune`` and ``simulate``."""
+"""Command line of the library, ``compile-moe``: demo, bench, explain, tune, simulate and bench-ranks."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from compile_moe.cli.arguments import (
     sizes_by_option,
 )
 from compile_moe.cli.bench import BenchOptions, own_shapes, run_bench
+from compile_moe.cli.bench_ranks_command import bench_ranks_command
 from compile_moe.cli.contestants import CONTESTANTS
 from compile_moe.cli.demo import DemoOptions, run_demo
 from compile_moe.cli.explain import ExplainOptions, own_shape, run_explain
@@ -204,6 +205,7 @@ def tune_command(
 
 
 app.command("simulate")(simulate_command)
+app.command("bench-ranks")(bench_ranks_command)
 
 
 def main() -> None:

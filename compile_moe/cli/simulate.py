@@ -62,7 +62,7 @@ def run_simulate(options: SimulateOptions) -> None:
     _check(options)
     if options.plot is not None:
         require(options.plot)
-    name, experts = _experts(options)
+    name, experts = named_experts(options.model, options.sizes)
     for num_ranks in options.ranks:
         check_ranks(num_ranks, experts.shape.num_experts)
     kernels = _kernels(options)
@@ -173,12 +173,13 @@ def picture(heading: str, layers: list[Layer]) -> Any:
     return figure
 
 
-def _experts(options: SimulateOptions) -> tuple[str, Experts]:
-    if options.sizes is not None:
-        hidden_size, intermediate_size, num_experts, topk = options.sizes
+def named_experts(model: str | None, sizes: tuple[int, int, int, int] | None) -> tuple[str, Experts]:
+    """A name and the experts of ``sizes`` K, I, E and topk, or else of a model."""
+    if sizes is not None:
+        hidden_size, intermediate_size, num_experts, topk = sizes
         name = f"hidden size {hidden_size}, intermediate size {intermediate_size}, {num_experts} experts, topk {topk}"
-        return name, experts_of_sizes(*options.sizes)
-    name = options.model or "qwen3-30b-a3b"
+        return name, experts_of_sizes(*sizes)
+    name = model or "qwen3-30b-a3b"
     return name, experts_of_model(configuration(name))
 
 

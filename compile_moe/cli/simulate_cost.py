@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,8 +73,6 @@ class Layer(NamedTuple):
 def kernels_of_bench(path: Path) -> Kernels:
     """From what ``compile-moe bench --part experts --json`` wrote: our experts' times.
 
-    The overhead is what the fewest tokens take beyond their floor: measure one token, too. No share is above 1.
-
     Raises:
         Refusal: a file that is none of those, or has no times of our experts alone.
     """
@@ -99,6 +98,14 @@ def kernels_of_bench(path: Path) -> Kernels:
         raise Refusal(
             f"--kernels {path} has no times of the contestant compile_moe with --part experts; measure them, too"
         )
+    return kernels_of_points(ceilings, measured)
+
+
+def kernels_of_points(ceilings: Ceilings, measured: Sequence[tuple[int, float, float, float]]) -> Kernels:
+    """From times of our experts: (tokens, floor in seconds, seconds, FLOPs a byte).
+
+    The overhead is what the fewest tokens take beyond their floor: measure one token, too. No share is above 1.
+    """
     _, floor, seconds, _ = min(measured)
     overhead = max(0.0, seconds - floor)
     shares = {
@@ -138,7 +145,7 @@ def simulate_layer(
         dispatched_bytes: of a token on its way to one rank; combined_bytes: of a sum on its way back.
         weight_bytes: of one element of the experts' weights.
     """
-    num_experts, hidden_size, intermediate_size = experts.shape
+    num_experts = experts.shape.num_experts
     check_ranks(num_ranks, num_experts)
     generator = torch.Generator().manual_seed(seed)
     popularity = log_popularities(num_experts, skew, generator)
@@ -153,14 +160,13 @@ def simulate_layer(
         rows += torch.bincount(place.flatten(), minlength=len(rows))
         target = torch.nn.functional.one_hot(place // on_a_rank, num_ranks).amax(1)
         travelling[source] = target.sum(0)
-    matrices = 2 if experts.layout == "ungated" else 3
-    elements = matrices * hidden_size * intermediate_size
     of_rank = rows.view(num_ranks, on_a_rank)
     works = [
-        Work(
-            int(2 * of_rank[rank].sum()) * elements,
-            float((of_rank[rank] > 0).sum()) * elements * weight_bytes
-            + float(travelling[:, rank].sum()) * (dispatched_bytes + combined_bytes),
+        layer_work(
+            experts,
+            of_rank[rank],
+            float(travelling[:, rank].sum()) * (dispatched_bytes + combined_bytes),
+            weight_bytes,
         )
         for rank in range(num_ranks)
     ]
@@ -172,6 +178,14 @@ def simulate_layer(
         _exchange(travelling.t() * combined_bytes, links),
         float(of_rank.sum(1).amax() / of_rank.sum(1).mean()) if tokens else 1.0,
     )
+
+
+def layer_work(experts: Experts, rows: Tensor, token_bytes: float, weight_bytes: float) -> Work:
+    """Of experts with these numbers of rows, whose tokens and results have ``token_bytes`` together."""
+    _, hidden_size, intermediate_size = experts.shape
+    elements = (2 if experts.layout == "ungated" else 3) * hidden_size * intermediate_size
+    weights = float((rows > 0).sum()) * elements * weight_bytes
+    return Work(int(2 * rows.sum()) * elements, weights + token_bytes)
 
 
 def _exchange(sent: Tensor, links: Links) -> float:

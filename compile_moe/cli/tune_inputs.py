@@ -35,7 +35,7 @@ class Experts(NamedTuple):
 
 
 #: An activation for each layout; which one it is changes little.
-_ACTIVATIONS = {"concatenated": "silu", "interleaved": "swigluoai", "ungated": "silu_no_mul"}
+ACTIVATIONS = {"concatenated": "silu", "interleaved": "swigluoai", "ungated": "silu_no_mul"}
 
 
 def experts_of_sizes(hidden_size: int, intermediate_size: int, num_experts: int, topk: int) -> Experts:
@@ -106,7 +106,7 @@ def make_gemms(
     if gemm == "gather_gemm":
         x = torch.randn(tokens, hidden_size, **like)
         out = torch.empty(num_slots, intermediate_size, **like)
-        program = program_text(_ACTIVATIONS[experts.layout])
+        program = program_text(ACTIVATIONS[experts.layout])
 
         def make(routing: tuple[Tensor, Tensor]) -> Gemm:
             return gather(out, x, w, routing, experts.topk, bias, program)

@@ -1,0 +1,333 @@
+"""``compile-moe bench-ranks``: a MoE layer whose experts lie on the ranks that torchrun started, part by part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from compile_moe import (
+    AllGatherPrepareAndFinalize,
+    AllToAllPrepareAndFinalize,
+    ExpertPlacement,
+    FusedMoEModularKernel,
+    MoEPrepareAndFinalizeNoEP,
+    TritonExperts,
+)
+from compile_moe.cli.language_model import choose_dtype
+from compile_moe.cli.measurement import MOST_ERROR
+from compile_moe.cli.rank_timing import (
+    Ranks,
+    busiest_bytes,
+    exchange,
+    joined,
+    measure_links,
+    seconds_together,
+)
+from compile_moe.cli.refusal import Refusal
+from compile_moe.cli.routing import draw_ids, log_popularities
+from compile_moe.cli.simulate import named_experts
+from compile_moe.cli.simulate_cost import Kernels, Links, kernels_of_points, layer_work, simulate_layer
+from compile_moe.cli.timing import measure_ceilings
+from compile_moe.cli.tune_inputs import ACTIVATIONS, Experts, make_weights
+
+DISPATCHES = ("all_to_all", "all_gather")
+#: What a token's expert id (int32) and weight (float32) take.
+_SLOT_BYTES = 8
+
+
+@dataclass(frozen=True)
+class BenchRanksOptions:
+    """What the command line gives. sizes: K, I, E and topk, in place of a model. tokens: of each rank."""
+
+    model: str | None = None
+    sizes: tuple[int, int, int, int] | None = None
+    tokens: tuple[int, ...] = (1, 64, 1024)
+    dispatches: tuple[str, ...] = DISPATCHES
+    dtype: str | None = None
+    skew: float = 0.0
+    json: Path | None = None
+    seed: int = 0
+
+
+class RanksMeasurement(NamedTuple):
+    """Seconds of one call on all ranks, each of which has ``tokens`` tokens.
+
+    alone: each rank has all experts. layer: with the experts on the ranks; eager, replayed: launched by the host, and
+    as a CUDA graph (None where the host waits, or there is none). dispatch, combine: there and back alone, with all
+    that belongs to it; raw_dispatch, raw_combine: the backend's own exchange of the same bytes. Bytes: of the busiest
+    rank, to or from others. simulated: what ``compile-moe simulate`` says of the layer, from ``alone`` and the links.
+    error: relative, of the worst token, against ``alone``.
+    """
+
+    dispatch_by: str
+    tokens: int
+    alone: float
+    eager: float
+    replayed: float | None
+    dispatch: float
+    combine: float
+    raw_dispatch: float
+    raw_combine: float
+    dispatch_bytes: int
+    combine_bytes: int
+    simulated: float | None
+    error: float
+
+    @property
+    def layer(self) -> float:
+        return self.eager if self.replayed is None else self.replayed
+
+
+class RanksResults(NamedTuple):
+    """latency, bandwidth: of the links, measured by the backend's own all-to-all."""
+
+    device: str
+    num_ranks: int
+    backend: str
+    model: str
+    dtype: str
+    latency: float
+    bandwidth: float
+    measurements: list[RanksMeasurement]
+
+
+def run_bench_ranks(options: BenchRanksOptions) -> None:
+    """Measure on all ranks, and print the table on the first.
+
+    Raises:
+        Refusal: options that can't work, or a process that torchrun did not start.
+    """
+    for dispatch in options.dispatches:
+        if dispatch not in DISPATCHES:
+            raise Refusal(f"--dispatch must be of {', '.join(DISPATCHES)}, got {dispatch}")
+    for tokens in options.tokens:
+        if tokens < 1:
+            raise Refusal(f"--tokens must be at least 1, got {tokens}")
+    if not options.skew >= 0:
+        raise Refusal(f"--skew must not be negative, got {options.skew:g}")
+    name, experts = named_experts(options.model, options.sizes)
+    with joined("bench-ranks") as ranks, torch.no_grad():
+        if experts.shape.num_experts % ranks.size:
+            raise Refusal(f"the ranks, {ranks.size}, must divide the {experts.shape.num_experts} experts")
+        results = measure_ranks(name, experts, options, ranks)
+        if ranks.rank > 0:
+            return
+    Console(width=None if Console().is_terminal else 130).print(table(results))
+    if options.json is not None:
+        try:
+            options.json.write_text(json.dumps(as_json(results), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise Refusal(f"--json {options.json} can't be written: {error.strerror}") from error
+
+
+def measure_ranks(name: str, experts: Experts, options: BenchRanksOptions, ranks: Ranks) -> RanksResults:
+    """All dispatches at all numbers of tokens; the same on every rank."""
+    dtype = choose_dtype(options.dtype, ranks.device)
+    torch.manual_seed(options.seed)
+    # The same on all ranks, for the comparison with a rank that has all experts.
+    weights = [make_weights(experts, gemm, dtype, ranks.device) for gemm in ("gather_gemm", "scatter_gemm")]
+    bench = _RanksBench(experts, [w for pair in weights for w in pair], ranks, options)
+    latency, bandwidth = measure_links(ranks)
+    alone = {tokens: bench.alone(tokens) for tokens in options.tokens}
+    kernels = bench.kernels(alone, dtype)
+    links = Links(ranks.size, bandwidth, bandwidth, latency, latency)
+    measurements = [
+        bench.measure(dispatch, tokens, alone[tokens], kernels, links)
+        for tokens in options.tokens
+        for dispatch in options.dispatches
+    ]
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+    backend = str(dist.get_backend())
+    return RanksResults(
+        device, ranks.size, backend, name, str(dtype).removeprefix("torch."), latency, bandwidth, measurements
+    )
+
+
+class _RanksBench:
+    """A layer's weights, whole and this rank's, and its tokens."""
+
+    def __init__(
+        self, experts: Experts, weights: list[Tensor | None], ranks: Ranks, options: BenchRanksOptions
+    ) -> None:
+        self.experts, self.ranks, self.options = experts, ranks, options
+        self.w1, self.w1_bias, self.w2, self.w2_bias = weights
+        self.placement = ExpertPlacement.linear(experts.shape.num_experts, ranks.size)
+        local = self.placement.local_experts[ranks.rank]
+        self.own = slice(local[0], local[-1] + 1)
+        self.activation = ACTIVATIONS[experts.layout]
+
+    def tokens(self, tokens: int, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden_states, topk_weights and topk_ids of a rank."""
+        rank = self.ranks.rank if rank is None else rank
+        popular = torch.Generator().manual_seed(self.options.seed)
+        num_experts, hidden_size, _ = self.experts.shape
+        popularity = log_popularities(num_experts, self.options.skew, popular)
+        generator = torch.Generator().manual_seed(1000 * self.options.seed + rank + 1)
+        ids = draw_ids(popularity, tokens, self.experts.topk, generator)
+        x = torch.randn(tokens, hidden_size, generator=generator)
+        weights = torch.rand(tokens, self.experts.topk, generator=generator).softmax(-1)
+        device = self.ranks.device
+        return x.to(device, self.w1.dtype), weights.to(device), ids.to(device)  # type: ignore[union-attr]
+
+    def layer_alone(self, tokens: int) -> Callable[[], Tensor]:
+        kernel = FusedMoEModularKernel(MoEPrepareAndFinalizeNoEP(), TritonExperts(self.w1_bias, self.w2_bias))
+        x, weights, ids = self.tokens(tokens)
+        return lambda: kernel(x, self.w1, self.w2, weights, ids, activation=self.activation)
+
+    def alone(self, tokens: int) -> float:
+        on_gpu = self.ranks.device.type == "cuda"
+        return seconds_together(self.layer_alone(tokens), self.ranks, as_graph=on_gpu)
+
+    def kernels(self, alone: dict[int, float], dtype: torch.dtype) -> Kernels:
+        """Their times as ``compile-moe simulate`` wants them."""
+        ceilings = measure_ceilings(self.ranks.device, dtype)
+        points = []
+        for tokens, seconds in alone.items():
+            ids = self.tokens(tokens)[2]
+            counts = torch.bincount(ids.flatten().cpu(), minlength=self.experts.shape.num_experts)
+            row_bytes = 2.0 * self.experts.shape.hidden_size * dtype.itemsize
+            work = layer_work(self.experts, counts, tokens * row_bytes, dtype.itemsize)
+            points.append((tokens, work.floor(ceilings) * 1e-6, seconds, work.flops / work.num_bytes))
+        return kernels_of_points(ceilings, points)
+
+    def rows(self, tokens: int) -> Tensor:
+        """(ranks, ranks): tokens with experts on a rank (columns) of those that a rank (rows) has."""
+        per_rank = self.experts.shape.num_experts // self.ranks.size
+        rows = []
+        for rank in range(self.ranks.size):
+            target = self.tokens(tokens, rank)[2].cpu() // per_rank
+            rows.append(torch.nn.functional.one_hot(target, self.ranks.size).amax(1).sum(0))
+        return torch.stack(rows)
+
+    def measure(
+        self, dispatch: str, tokens: int, alone: float, kernels: Kernels, links: Links
+    ) -> RanksMeasurement:
+        is_static = dispatch == "all_gather"
+        device, size = self.ranks.device, self.ranks.size
+        parts: Any
+        if is_static:
+            parts = AllGatherPrepareAndFinalize(self.placement, device=device, num_tokens="equal")
+            num_sent = torch.full((size, size), tokens)
+        else:
+            parts = AllToAllPrepareAndFinalize(self.placement, device=device)
+            num_sent = self.rows(tokens)
+        w1, w2 = self.w1[self.own], self.w2[self.own]  # type: ignore[index]
+        w1_bias, w2_bias = (b if b is None else b[self.own] for b in (self.w1_bias, self.w2_bias))
+        kernel = FusedMoEModularKernel(parts, TritonExperts(w1_bias, w2_bias))
+        x, weights, ids = self.tokens(tokens)
+
+        def layer() -> Tensor:
+            return kernel(x, w1, w2, weights, ids, activation=self.activation, expert_map=parts.expert_map)
+
+        expected = self.layer_alone(tokens)().float()
+        error = float(((layer().float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+        if not error <= MOST_ERROR[x.dtype]:
+            raise RuntimeError(f"{dispatch}, {tokens} tokens: wrong result, by {error:.1e}")
+        num_experts = self.placement.num_experts
+
+        def prepare() -> Any:
+            return parts.prepare(x, None, None, weights, ids, num_experts, parts.expert_map, False)
+
+        rows = prepare()
+        results = torch.zeros(*rows.topk_ids.shape, x.size(1), dtype=x.dtype, device=device)
+
+        def there_and_back() -> Tensor:
+            rows = prepare()
+            return parts.reduce(results, rows.topk_weights, rows.topk_ids, parts.expert_map, len(w1), False)
+
+        graph = is_static and device.type == "cuda"
+        eager = seconds_together(layer, self.ranks)
+        replayed = seconds_together(layer, self.ranks, True) if graph else None
+        there = seconds_together(prepare, self.ranks, graph)
+        both = seconds_together(there_and_back, self.ranks, graph)
+        row_bytes = x.size(1) * x.element_size()
+        sent_bytes = row_bytes + self.experts.topk * _SLOT_BYTES
+        raw_there = seconds_together(exchange(num_sent, sent_bytes, self.ranks), self.ranks, graph)
+        raw_back = seconds_together(exchange(num_sent.t(), row_bytes, self.ranks), self.ranks, graph)
+        simulated = None
+        if dispatch == "all_to_all":
+            options = self.options.skew, kernels, links, sent_bytes, row_bytes, x.element_size()
+            simulated = simulate_layer(self.experts, size, tokens, *options, self.options.seed).seconds
+        return RanksMeasurement(
+            dispatch,
+            tokens,
+            alone,
+            eager,
+            replayed,
+            there,
+            max(both - there, 0.0),
+            raw_there,
+            raw_back,
+            busiest_bytes(num_sent, sent_bytes),
+            busiest_bytes(num_sent.t(), row_bytes),
+            simulated,
+            error,
+        )
+
+
+def as_json(results: RanksResults) -> dict[str, Any]:
+    return {**results._asdict(), "measurements": [m._asdict() for m in results.measurements]}
+
+
+def table(results: RanksResults) -> Table:
+    result = Table(
+        title=Text(
+            f"{results.model}, {results.dtype}, experts on {results.num_ranks} ranks ({results.backend}); "
+            f"{results.device}, torch {torch.__version__}"
+        ),
+        caption=Text(
+            "µs of the slowest rank. alone: all experts on each rank. raw: the backend's own exchange of the same "
+            f"bytes. Links: {results.latency * 1e6:.1f} µs, {results.bandwidth / 1e9:.1f} GB/s a rank. tokens/s: of "
+            "all ranks. *: launched by the host, other layers replayed as a CUDA graph."
+        ),
+    )
+    for column in (
+        "tokens",
+        "by",
+        "alone",
+        "layer",
+        "simulated",
+        "tokens/s",
+        "alone / layer",
+        "dispatch",
+        "raw",
+        "GB/s",
+        "combine",
+        "raw",
+        "GB/s",
+    ):
+        is_name = column == "by"
+        result.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
+    for row in _rows(results):
+        result.add_row(*row)
+    return result
+
+
+def _rows(results: RanksResults) -> Iterator[tuple[str, ...]]:
+    for m in results.measurements:
+        star = "*" if m.replayed is None else ""
+        yield (
+            str(m.tokens),
+            m.dispatch_by,
+            f"{m.alone * 1e6:.1f}",
+            f"{m.layer * 1e6:.1f}{star}",
+            "" if m.simulated is None else f"{m.simulated * 1e6:.1f}",
+            f"{results.num_ranks * m.tokens / m.layer:.0f}",
+            f"{m.alone / m.layer:.2f}",
+            f"{m.dispatch * 1e6:.1f}",
+            f"{m.raw_dispatch * 1e6:.1f}",
+            f"{m.dispatch_bytes / m.dispatch / 1e9:.1f}",
+            f"{m.combine * 1e6:.1f}",
+            f"{m.raw_combine * 1e6:.1f}",
+            f"{m.combine_bytes / max(m.combine, 1e-9) / 1e9:.1f}",
+        )
