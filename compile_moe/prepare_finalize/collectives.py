@@ -74,10 +74,21 @@ def all_to_all(
     tensors: Sequence[Tensor], num_sent: Sequence[int], num_received: Sequence[int], group: Group
 ) -> list[Tensor]:
     """Rows for each rank in turn, ``num_sent`` of them, exchanged for ``num_received`` rows from each rank in turn."""
-    started = [
+    return wait(start_all_to_all(tensors, num_sent, num_received, group))
+
+
+def start_all_to_all(
+    tensors: Sequence[Tensor], num_sent: Sequence[int], num_received: Sequence[int], group: Group
+) -> list[Tensor]:
+    """As :func:`all_to_all`, but the results are there after :func:`wait`."""
+    return [
         _ops.all_to_all_single(t.contiguous(), list(num_received), list(num_sent), group.name)
         for t in tensors
     ]
+
+
+def wait(started: Sequence[Tensor]) -> list[Tensor]:
+    """The results of collectives that were started."""
     return [_ops.wait_tensor(t) for t in started]
 
 

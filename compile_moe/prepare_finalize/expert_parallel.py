@@ -1,68 +1,24 @@
-"""What expert-parallel prepare/finalize classes share: quantize before dispatch, reduce before the way back."""
+"""What expert-parallel prepare/finalize classes of token rows share: reduce before the way back."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from compile_moe.expert_placement import ExpertPlacement
-from compile_moe.modular_parts import FusedMoEPrepareAndFinalize, PrepareResult
+from compile_moe.modular_parts import PrepareResult
 from compile_moe.ops.problem_size import require, shape
 from compile_moe.ops.weight_and_reduce import weight_and_reduce
-from compile_moe.prepare_finalize.collectives import find_group
-from compile_moe.prepare_finalize.quantized_input import in_autocast_dtype, quantized_input
+from compile_moe.prepare_finalize.group import GroupPrepareAndFinalize
 from compile_moe.prepare_finalize.token_rows import TokenRows, token_rows
-from compile_moe.quant_config import FusedMoEQuantConfig, require_quant_config
 
 
-class ExpertParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
-    """Base of the classes that send tokens to the ranks of their experts.
+class ExpertParallelPrepareAndFinalize(GroupPrepareAndFinalize):
+    """Base of the classes that send rows of tokens, and get one row back for each: its weighted sum there.
 
-    A layer calls ``prepare`` and then ``finalize`` once: in between, the object remembers how the rows come back.
-    All ranks of the group call the layer together, in the same order with their other collectives.
-
-    Args:
-        placement: the experts of each rank of the group; w1, w2 and their scales are this rank's.
-        group: a ``torch.distributed.ProcessGroup``, or None for the default group.
-        quant_config: how the experts want their tokens quantized, or None. Quantized tokens are sent as such, each with
-            its scale. A computed scale per tensor is that of the sending rank's tokens.
-        device: where the tokens are; None for the current CUDA device where the group's backend is NCCL, else the CPU.
-
-    Attributes:
-        expert_map: (num_experts,) int32 on ``device``: pass it to the layer's call.
-
-    Raises:
-        RuntimeError: torch.distributed is not initialized.
-        ValueError, TypeError: a placement for another number of ranks, or arguments of other kinds.
+    For arguments, attributes and errors see :class:`GroupPrepareAndFinalize`.
     """
-
-    def __init__(
-        self,
-        placement: ExpertPlacement,
-        group: Any = None,
-        quant_config: FusedMoEQuantConfig | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        if not isinstance(placement, ExpertPlacement):
-            raise TypeError(
-                f"placement must be a compile_moe.ExpertPlacement, got {type(placement).__name__}"
-            )
-        require_quant_config(quant_config)
-        self.quant_config = quant_config
-        self.group = find_group(group)
-        if placement.num_ranks != self.group.size:
-            raise ValueError(
-                f"placement must be for the ranks of the group, {self.group.size}, got one for {placement.num_ranks}"
-            )
-        device = self.group.device if device is None else device
-        self.placement = placement
-        self.num_experts = placement.num_experts
-        self.expert_map = placement.expert_map(self.group.rank, device)
-        self.owner_tables = placement.owner_tables(device)
-        self._way_back: Any = None
 
     @abstractmethod
     def dispatch(self, rows: TokenRows) -> tuple[TokenRows, Any]:
@@ -83,48 +39,22 @@ class ExpertParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         expert_map: Tensor | None,
         apply_router_weight_on_input: bool,
     ) -> PrepareResult:
-        """Weight the tokens if asked, quantize them if the config's scheme does, and send them to their experts.
-
-        Under autocast they are cast to its dtype first.
+        """Send :meth:`tokens_to_send` to their experts.
 
         Returns:
             The tokens that this rank computes, (n, K); their scales, (n, G), or None; and their topk_ids (n, topk)
             int32, global, -1 for other ranks' slots, and topk_weights (n, topk) float32 (float64 for float64).
         """
-        require(
-            num_experts == self.num_experts,
-            lambda: (
-                f"global_num_experts must be that of the placement, {self.num_experts}, got {num_experts}; pass "
-                "expert_map=prepare_finalize.expert_map to the layer"
-            ),
-        )
-        if expert_map is None:
-            require(
-                self.group.size == 1,
-                lambda: (
-                    f"expert_map is missing: this rank holds some of {self.num_experts} experts; pass "
-                    "expert_map=prepare_finalize.expert_map to the layer"
-                ),
-            )
-        require(
-            topk_ids.device == self.owner_tables.ranks.device,
-            lambda: (
-                f"topk_ids must be on the device of {type(self).__name__}, {self.owner_tables.ranks.device}, got "
-                f"{topk_ids.device}; construct it with device=..."
-            ),
-        )
-        tokens, scale = quantized_input(
-            type(self).__name__,
-            self.quant_config,
+        tokens, scale = self.tokens_to_send(
             a1,
             a1_scale,
             a2_scale,
             topk_weights,
             topk_ids,
+            num_experts,
+            expert_map,
             apply_router_weight_on_input,
         )
-        if self.quant_config is None:
-            tokens = in_autocast_dtype(tokens)
         rows = token_rows(tokens, scale, topk_ids, topk_weights, self.num_experts)
         rows, way_back = self.dispatch(rows)
         self._way_back = rows.topk_weights, way_back
@@ -177,11 +107,3 @@ class ExpertParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         return self.combine(partial, way_back)
 
     reduce_counterpart = finalize
-
-    def _remembered(self) -> Any:
-        if self._way_back is None:
-            raise RuntimeError(
-                f"{type(self).__name__}: finalize without a prepare before it; each prepare is finalized once, and "
-                "layers whose calls overlap need an object each"
-            )
-        return self._way_back
