@@ -22,6 +22,7 @@ from compile_moe.ops.registry import on_fake_call
 from compile_moe.prepare_finalize import (
     AllGatherPrepareAndFinalize,
     AllToAllPrepareAndFinalize,
+    BatchedAllToAllPrepareAndFinalize,
     BatchedPrepareAndFinalize,
     MoEPrepareAndFinalizeNoEP,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "Activation",
     "AllGatherPrepareAndFinalize",
     "AllToAllPrepareAndFinalize",
+    "BatchedAllToAllPrepareAndFinalize",
     "BatchedPrepareAndFinalize",
     "BatchedTorchExperts",
     "BatchedTritonExperts",

@@ -3,11 +3,13 @@
 from compile_moe.prepare_finalize.all_gather import AllGatherPrepareAndFinalize
 from compile_moe.prepare_finalize.all_to_all import AllToAllPrepareAndFinalize
 from compile_moe.prepare_finalize.batched import BatchedPrepareAndFinalize
+from compile_moe.prepare_finalize.batched_all_to_all import BatchedAllToAllPrepareAndFinalize
 from compile_moe.prepare_finalize.no_expert_parallel import MoEPrepareAndFinalizeNoEP
 
 __all__ = [
     "AllGatherPrepareAndFinalize",
     "AllToAllPrepareAndFinalize",
+    "BatchedAllToAllPrepareAndFinalize",
     "BatchedPrepareAndFinalize",
     "MoEPrepareAndFinalizeNoEP",
 ]
