@@ -22,6 +22,7 @@ from compile_moe.ops.registry import on_fake_call
 from compile_moe.prepare_finalize import (
     AllGatherPrepareAndFinalize,
     AllToAllPrepareAndFinalize,
+    BatchedAllToAllPrepareAndFinalize,
     BatchedPrepareAndFinalize,
     MoEPrepareAndFinalizeNoEP,
     TensorParallelPrepareAndFinalize,
@@ -39,6 +40,7 @@ __all__ = [
     "Activation",
     "AllGatherPrepareAndFinalize",
     "AllToAllPrepareAndFinalize",
+    "BatchedAllToAllPrepareAndFinalize",
     "BatchedPrepareAndFinalize",
     "BatchedTorchExperts",
     "BatchedTritonExperts",

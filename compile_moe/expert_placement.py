@@ -13,14 +13,16 @@ from compile_moe.ops.problem_size import require_int
 
 
 class OwnerTables(NamedTuple):
-    """Where each expert lies, on a device: what :meth:`owners` looks up.
+    """Where each expert lies, on a device: what :meth:`owners` and :meth:`owner_places` look up.
 
-    ranks: (num_experts, most copies of an expert) int64, an expert's ranks first; num_copies: (num_experts,) int64, or
-    None where every expert has one.
+    ranks: (num_experts, most copies of an expert) int64, the ranks of an expert's copies, then -1; num_copies:
+    (num_experts,) int64, or None where every expert has one; places: as ranks, where a copy is among all copies in the
+    order of (rank, local expert).
     """
 
     ranks: Tensor
     num_copies: Tensor | None
+    places: Tensor
 
     def owners(self, topk_ids: Tensor, first_token: int = 0) -> Tensor:
         """The rank that computes each slot: (M, topk) int64, -1 where the id names no expert.
@@ -28,15 +30,22 @@ class OwnerTables(NamedTuple):
         Token t takes copy ``(first_token + t) % copies`` of an expert: one rank computes a slot, and copies share the
         load.
         """
+        return self._of_copies(self.ranks, topk_ids, first_token)
+
+    def owner_places(self, topk_ids: Tensor, first_token: int = 0) -> Tensor:
+        """As :meth:`owners`, the place of the copy that computes each slot."""
+        return self._of_copies(self.places, topk_ids, first_token)
+
+    def _of_copies(self, table: Tensor, topk_ids: Tensor, first_token: int) -> Tensor:
         ids = topk_ids.long()
-        is_known = (ids >= 0) & (ids < self.ranks.size(0))
+        is_known = (ids >= 0) & (ids < table.size(0))
         ids = torch.where(is_known, ids, 0)
         if self.num_copies is None:
-            ranks = self.ranks[ids, 0]
+            values = table[ids, 0]
         else:
             tokens = torch.arange(ids.size(0), device=ids.device) + first_token
-            ranks = self.ranks[ids, tokens.unsqueeze(1) % self.num_copies[ids]]
-        return torch.where(is_known, ranks, -1)
+            values = table[ids, tokens.unsqueeze(1) % self.num_copies[ids]]
+        return torch.where(is_known, values, -1)
 
 
 @dataclass(frozen=True)
@@ -141,14 +150,21 @@ class ExpertPlacement:
     def owner_tables(self, device: torch.device | str | None = None) -> OwnerTables:
         """What is needed to find the rank of a slot on a device."""
         ranks: list[list[int]] = [[] for _ in range(self.num_experts)]
-        for rank, experts in enumerate(self.local_experts):
-            for expert in experts:
-                ranks[expert].append(rank)
+        places: list[list[int]] = [[] for _ in range(self.num_experts)]
+        copies = [(rank, expert) for rank, experts in enumerate(self.local_experts) for expert in experts]
+        for place, (rank, expert) in enumerate(copies):
+            ranks[expert].append(rank)
+            places[expert].append(place)
         most = max(map(len, ranks))
-        table = torch.tensor([r + [-1] * (most - len(r)) for r in ranks], dtype=torch.int64, device=device)
-        if most == 1:
-            return OwnerTables(table, None)
-        return OwnerTables(table, torch.tensor([len(r) for r in ranks], dtype=torch.int64, device=device))
+
+        def table(rows: list[list[int]]) -> Tensor:
+            padded = [row + [-1] * (most - len(row)) for row in rows]
+            return torch.tensor(padded, dtype=torch.int64, device=device)
+
+        num_copies = None
+        if most > 1:
+            num_copies = torch.tensor([len(r) for r in ranks], dtype=torch.int64, device=device)
+        return OwnerTables(table(ranks), num_copies, table(places))
 
 
 def _as_tuples(local_experts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:

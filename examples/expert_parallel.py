@@ -9,15 +9,23 @@ import torch
 import torch.distributed as dist
 
 import compile_moe
-from compile_moe import AllGatherPrepareAndFinalize, AllToAllPrepareAndFinalize, ExpertPlacement
+from compile_moe import (
+    AllGatherPrepareAndFinalize,
+    AllToAllPrepareAndFinalize,
+    BatchedAllToAllPrepareAndFinalize,
+    BatchedTritonExperts,
+    ExpertPlacement,
+    TritonExperts,
+)
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOPK = 128, 256, 8, 2
+NUM_TOKENS, MORE = 5, 3  # of rank 0, and on each rank behind it
 
 
 def own_tokens(rank: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Hidden states, router weights and expert ids of a rank: more tokens on later ranks."""
     generator = torch.Generator().manual_seed(rank)
-    num_tokens = 5 + 3 * rank
+    num_tokens = NUM_TOKENS + MORE * rank
     x = torch.randn(num_tokens, HIDDEN, generator=generator)
     weights, ids = torch.randn(num_tokens, NUM_EXPERTS, generator=generator).softmax(-1).topk(TOPK)
     return x.to(device), weights.to(device), ids.to(device)
@@ -43,14 +51,19 @@ def main() -> None:
     x, weights, ids = own_tokens(rank, device)
     expected = compile_moe.fused_experts(x, w1, w2, weights, ids)
 
-    for parts_class in (AllToAllPrepareAndFinalize, AllGatherPrepareAndFinalize):
-        parts = parts_class(placement, device=device)
-        layer = compile_moe.FusedMoEModularKernel(parts, compile_moe.TritonExperts())
+    # An expert has room for all tokens of a rank: nothing is dropped.
+    batched = BatchedAllToAllPrepareAndFinalize(placement, NUM_TOKENS + MORE * num_ranks, device=device)
+    for parts, experts in (
+        (AllToAllPrepareAndFinalize(placement, device=device), TritonExperts()),
+        (AllGatherPrepareAndFinalize(placement, device=device), TritonExperts()),
+        (batched, BatchedTritonExperts(batched.max_num_tokens)),
+    ):
+        layer = compile_moe.FusedMoEModularKernel(parts, experts)
         for kind, function in (("eager", layer), ("compiled", torch.compile(layer, fullgraph=True))):
             result = function(x, w1[local], w2[local], weights, ids, expert_map=parts.expert_map)
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
             if rank == 0:
-                print(f"{parts_class.__name__} on {num_ranks} ranks ({device.type}), {kind}: as on one rank")
+                print(f"{type(parts).__name__} on {num_ranks} ranks ({device.type}), {kind}: as on one rank")
     dist.destroy_process_group()
 
 

@@ -15,7 +15,7 @@ SHAPE = ("--hidden-size", "64", "--intermediate-size", "32", "--num-experts", "8
     [
         ((), "bench-ranks runs on every rank: torchrun --nproc-per-node=2 -m compile_moe bench-ranks"),
         (("--tokens", "0"), "--tokens must be at least 1, got 0"),
-        (("--dispatch", "pigeons"), "--dispatch must be of all_to_all, all_gather"),
+        (("--dispatch", "pigeons"), "--dispatch must be of all_to_all, all_gather, batched"),
         (("--skew", "-1"), "--skew must not be negative, got -1"),
         (("--topk", "9"), "--topk must be at most --num-experts, got 9 of 8"),
     ],

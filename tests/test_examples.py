@@ -27,7 +27,7 @@ LINES = {
     "first_call": "first compiled call, warm caches:",
     "opcheck_in_your_tests": "compile_moe::fused_moe: test_schema",
     "quantization_error": "mxfp4_w4a16            0.",
-    "expert_parallel": "AllGatherPrepareAndFinalize on 2 ranks",
+    "expert_parallel": "BatchedAllToAllPrepareAndFinalize on 2 ranks",
 }
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from compile_moe import AllToAllPrepareAndFinalize
 from tests.support.bench_ranks import measure_on_ranks
@@ -53,6 +54,8 @@ def _two_ranks(rank: int, num_ranks: int, seed: int) -> None:
     _inductor_overlaps(rank, seed)
     _compiled_once(rank, seed, "all_gather", "")
     _compiled_once(rank, seed, "all_gather_at_most_9", "")
+    # Through inductor in the example.
+    _compiled_once(rank, seed, "batched_all_to_all", "fp8_w8a8_channel", "aot_eager")
     compiled = _compiled_once(rank, seed, "all_to_all", "fp8_w8a8_channel")
     _rank_that_hangs(rank, seed)
     # Last, as it leaves a group of one.
@@ -68,12 +71,16 @@ def _two_groups(rank: int, seed: int) -> None:
         AllToAllPrepareAndFinalize(placements(2)["linear"], groups[rank])
 
 
-def _compiled_once(rank: int, seed: int, parts: str, variant: str) -> Callable[..., Tensor]:
-    """Through inductor, one graph for all numbers of tokens, and for all layers."""
+def _compiled_once(
+    rank: int, seed: int, parts: str, variant: str, backend: str = "inductor"
+) -> Callable[..., Tensor]:
+    """One graph for all numbers of tokens, and for all layers."""
     torch.compiler.reset()
     torch.manual_seed(seed)
-    counter = CompileCounterWithBackend("inductor")
-    case = Case(parts, "replicated", layer={"skipped": True, "topk": 3}, variant=variant)
+    counter = CompileCounterWithBackend(backend)
+    layer = {"skipped": True, "topk": 3}
+    # The largest count drops slots.
+    case = Case(parts, "replicated", layer=layer, variant=variant, max_tokens_per_rank=2)
     for i, num_tokens in enumerate(([4, 7], [9, 2], [3, 8], [2, 2])):
         shard = make_shard(case, rank, 2, num_tokens)
         compiled = torch.compile(shard.kernel, fullgraph=True, backend=counter)
@@ -84,6 +91,11 @@ def _compiled_once(rank: int, seed: int, parts: str, variant: str) -> Callable[.
             result = compiled(x, w1, w2, weights, ids, **shard.options)
             shard.check(result)
     assert counter.frame_count == 1, f"{parts} compiled {counter.frame_count} times"
+    if case.is_batched:
+        values = [node.meta.get("example_value") for node in counter.graphs[0].graph.nodes]
+        assert not free_unbacked_symbols([v for v in values if v is not None]), (
+            "sizes that the host waits for"
+        )
     return compiled
 
 

@@ -36,6 +36,21 @@ def test_maps_name_the_rows_of_a_ranks_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
+def test_places_are_those_of_all_copies(name: str) -> None:
+    """Rank by rank: where an expert's copies are, and where it is found in that order."""
+    placement = PLACEMENTS[name]
+    tables = placement.owner_tables()
+    copies = [(rank, e) for rank, local in enumerate(placement.local_experts) for e in local]
+    for expert in range(placement.num_experts):
+        found = [(r, p) for r, p in zip(tables.ranks[expert], tables.places[expert], strict=True) if p >= 0]
+        assert [copies[p] for _, p in found] == [(r, expert) for r, _ in found]
+        assert len(found) == [e for _, e in copies].count(expert)
+    ids = torch.arange(placement.num_experts).repeat(3, 1)
+    owners, places = tables.owners(ids, 1), tables.owner_places(ids, 1)
+    assert [copies[p][0] for p in places.flatten()] == owners.flatten().tolist()
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
 def test_one_rank_computes_a_slot(name: str) -> None:
     placement = PLACEMENTS[name]
     ids = torch.randint(-2, placement.num_experts + 3, (300, 3))

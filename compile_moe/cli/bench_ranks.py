@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from compile_moe import (
     AllGatherPrepareAndFinalize,
     AllToAllPrepareAndFinalize,
+    BatchedAllToAllPrepareAndFinalize,
+    BatchedTritonExperts,
     ExpertPlacement,
     FusedMoEModularKernel,
     MoEPrepareAndFinalizeNoEP,
     TritonExperts,
 )
+from compile_moe.cli.bench_ranks_results import RanksMeasurement, RanksResults, as_json, table
 from compile_moe.cli.language_model import choose_dtype
 from compile_moe.cli.measurement import MOST_ERROR
 from compile_moe.cli.rank_timing import (
@@ -40,7 +42,7 @@ from compile_moe.cli.simulate_cost import Kernels, Links, kernels_of_points, lay
 from compile_moe.cli.timing import measure_ceilings
 from compile_moe.cli.tune_inputs import ACTIVATIONS, Experts, make_weights
 
-DISPATCHES = ("all_to_all", "all_gather")
+DISPATCHES = ("all_to_all", "all_gather", "batched")
 #: What a token's expert id (int32) and weight (float32) take.
 _SLOT_BYTES = 8
 
@@ -57,48 +59,6 @@ class BenchRanksOptions:
     skew: float = 0.0
     json: Path | None = None
     seed: int = 0
-
-
-class RanksMeasurement(NamedTuple):
-    """Seconds of one call on all ranks, each of which has ``tokens`` tokens.
-
-    alone: each rank has all experts. layer: with the experts on the ranks; eager, replayed: launched by the host, and
-    as a CUDA graph (None where the host waits, or there is none). dispatch, combine: there and back alone, with all
-    that belongs to it; raw_dispatch, raw_combine: the backend's own exchange of the same bytes. Bytes: of the busiest
-    rank, to or from others. simulated: what ``compile-moe simulate`` says of the layer, from ``alone`` and the links.
-    error: relative, of the worst token, against ``alone``.
-    """
-
-    dispatch_by: str
-    tokens: int
-    alone: float
-    eager: float
-    replayed: float | None
-    dispatch: float
-    combine: float
-    raw_dispatch: float
-    raw_combine: float
-    dispatch_bytes: int
-    combine_bytes: int
-    simulated: float | None
-    error: float
-
-    @property
-    def layer(self) -> float:
-        return self.eager if self.replayed is None else self.replayed
-
-
-class RanksResults(NamedTuple):
-    """latency, bandwidth: of the links, measured by the backend's own all-to-all."""
-
-    device: str
-    num_ranks: int
-    backend: str
-    model: str
-    dtype: str
-    latency: float
-    bandwidth: float
-    measurements: list[RanksMeasurement]
 
 
 def run_bench_ranks(options: BenchRanksOptions) -> None:
@@ -209,21 +169,32 @@ class _RanksBench:
             rows.append(torch.nn.functional.one_hot(target, self.ranks.size).amax(1).sum(0))
         return torch.stack(rows)
 
+    def most_slots(self, tokens: int) -> int:
+        """That a rank has for one expert: with so much room nothing is dropped."""
+        ids = [self.tokens(tokens, rank)[2].flatten().cpu() for rank in range(self.ranks.size)]
+        return max(int(torch.bincount(each).max()) for each in ids)
+
     def measure(
         self, dispatch: str, tokens: int, alone: float, kernels: Kernels, links: Links
     ) -> RanksMeasurement:
-        is_static = dispatch == "all_gather"
+        is_static = dispatch != "all_to_all"
         device, size = self.ranks.device, self.ranks.size
         parts: Any
-        if is_static:
+        experts: Any = TritonExperts
+        if dispatch == "all_gather":
             parts = AllGatherPrepareAndFinalize(self.placement, device=device, num_tokens="equal")
             num_sent = torch.full((size, size), tokens)
-        else:
+        elif dispatch == "all_to_all":
             parts = AllToAllPrepareAndFinalize(self.placement, device=device)
             num_sent = self.rows(tokens)
+        else:
+            capacity = self.most_slots(tokens)
+            parts = BatchedAllToAllPrepareAndFinalize(self.placement, capacity, device=device)
+            experts = functools.partial(BatchedTritonExperts, parts.max_num_tokens)
+            num_sent = torch.full((size, size), capacity * (self.own.stop - self.own.start))
         w1, w2 = self.w1[self.own], self.w2[self.own]  # type: ignore[index]
         w1_bias, w2_bias = (b if b is None else b[self.own] for b in (self.w1_bias, self.w2_bias))
-        kernel = FusedMoEModularKernel(parts, TritonExperts(w1_bias, w2_bias))
+        kernel = FusedMoEModularKernel(parts, experts(w1_bias, w2_bias))
         x, weights, ids = self.tokens(tokens)
 
         def layer() -> Tensor:
@@ -239,11 +210,13 @@ class _RanksBench:
             return parts.prepare(x, None, None, weights, ids, num_experts, parts.expert_map, False)
 
         rows = prepare()
-        results = torch.zeros(*rows.topk_ids.shape, x.size(1), dtype=x.dtype, device=device)
+        of_tokens = rows.hidden_states.shape[:2] if dispatch == "batched" else rows.topk_ids.shape
+        results = torch.zeros(*of_tokens, x.size(1), dtype=x.dtype, device=device)
 
         def there_and_back() -> Tensor:
             rows = prepare()
-            return parts.reduce(results, rows.topk_weights, rows.topk_ids, parts.expert_map, len(w1), False)
+            routing = (weights, ids) if dispatch == "batched" else (rows.topk_weights, rows.topk_ids)
+            return parts.reduce(results, *routing, parts.expert_map, len(w1), False)
 
         graph = is_static and device.type == "cuda"
         eager = seconds_together(layer, self.ranks)
@@ -251,7 +224,7 @@ class _RanksBench:
         there = seconds_together(prepare, self.ranks, graph)
         both = seconds_together(there_and_back, self.ranks, graph)
         row_bytes = x.size(1) * x.element_size()
-        sent_bytes = row_bytes + self.experts.topk * _SLOT_BYTES
+        sent_bytes = row_bytes + (0 if dispatch == "batched" else self.experts.topk * _SLOT_BYTES)
         raw_there = seconds_together(exchange(num_sent, sent_bytes, self.ranks), self.ranks, graph)
         raw_back = seconds_together(exchange(num_sent.t(), row_bytes, self.ranks), self.ranks, graph)
         simulated = None
@@ -272,62 +245,4 @@ class _RanksBench:
             busiest_bytes(num_sent.t(), row_bytes),
             simulated,
             error,
-        )
-
-
-def as_json(results: RanksResults) -> dict[str, Any]:
-    return {**results._asdict(), "measurements": [m._asdict() for m in results.measurements]}
-
-
-def table(results: RanksResults) -> Table:
-    result = Table(
-        title=Text(
-            f"{results.model}, {results.dtype}, experts on {results.num_ranks} ranks ({results.backend}); "
-            f"{results.device}, torch {torch.__version__}"
-        ),
-        caption=Text(
-            "µs of the slowest rank. alone: all experts on each rank. raw: the backend's own exchange of the same "
-            f"bytes. Links: {results.latency * 1e6:.1f} µs, {results.bandwidth / 1e9:.1f} GB/s a rank. tokens/s: of "
-            "all ranks. *: launched by the host, other layers replayed as a CUDA graph."
-        ),
-    )
-    for column in (
-        "tokens",
-        "by",
-        "alone",
-        "layer",
-        "simulated",
-        "tokens/s",
-        "alone / layer",
-        "dispatch",
-        "raw",
-        "GB/s",
-        "combine",
-        "raw",
-        "GB/s",
-    ):
-        is_name = column == "by"
-        result.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
-    for row in _rows(results):
-        result.add_row(*row)
-    return result
-
-
-def _rows(results: RanksResults) -> Iterator[tuple[str, ...]]:
-    for m in results.measurements:
-        star = "*" if m.replayed is None else ""
-        yield (
-            str(m.tokens),
-            m.dispatch_by,
-            f"{m.alone * 1e6:.1f}",
-            f"{m.layer * 1e6:.1f}{star}",
-            "" if m.simulated is None else f"{m.simulated * 1e6:.1f}",
-            f"{results.num_ranks * m.tokens / m.layer:.0f}",
-            f"{m.alone / m.layer:.2f}",
-            f"{m.dispatch * 1e6:.1f}",
-            f"{m.raw_dispatch * 1e6:.1f}",
-            f"{m.dispatch_bytes / m.dispatch / 1e9:.1f}",
-            f"{m.combine * 1e6:.1f}",
-            f"{m.raw_combine * 1e6:.1f}",
-            f"{m.combine_bytes / max(m.combine, 1e-9) / 1e9:.1f}",
         )

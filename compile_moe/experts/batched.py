@@ -84,7 +84,8 @@ class BatchedExperts(BuiltInExperts):
             max_num_tokens == self.max_num_tokens,
             lambda: (
                 f"hidden_states must be (E, max_num_tokens, K) with max_num_tokens = {self.max_num_tokens}, as {name} "
-                f"was constructed, got {shape(hidden_states)}; construct both parts with the same"
+                f"was constructed, got {shape(hidden_states)}; construct both parts with the same: the experts "
+                "with max_num_tokens=prepare_finalize.max_num_tokens"
             ),
         )
         require(

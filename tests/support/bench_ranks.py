@@ -6,7 +6,8 @@ import json
 
 import torch
 
-from compile_moe.cli.bench_ranks import DISPATCHES, BenchRanksOptions, as_json, measure_ranks, table
+from compile_moe.cli.bench_ranks import DISPATCHES, BenchRanksOptions, measure_ranks
+from compile_moe.cli.bench_ranks_results import as_json, table
 from compile_moe.cli.rank_timing import Ranks
 from compile_moe.cli.tune_inputs import experts_of_sizes
 
@@ -26,6 +27,9 @@ def measure_on_ranks(rank: int, num_ranks: int, seed: int) -> None:
         assert m.replayed is None and m.layer == m.eager > 0 and m.alone > 0 and m.dispatch > 0
         assert m.raw_dispatch > 0 and m.raw_combine > 0 and m.error < 1e-4
         assert (m.simulated is None) == (m.dispatch_by != "all_to_all")
+        if m.dispatch_by == "batched":
+            assert m.dispatch_bytes == m.combine_bytes and m.dispatch_bytes % (K * 4 * 4) == 0
+            continue
         # To one other rank: no more than all tokens.
         most = m.tokens * (K * 4 + TOPK * 8)
         assert m.dispatch_bytes == most or (m.dispatch_by == "all_to_all" and m.dispatch_bytes <= most)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -16,11 +18,17 @@ from torch import Tensor
 from compile_moe import (
     AllGatherPrepareAndFinalize,
     AllToAllPrepareAndFinalize,
+    BatchedAllToAllPrepareAndFinalize,
+    BatchedTorchExperts,
+    BatchedTritonExperts,
     ExpertPlacement,
     FusedMoEModularKernel,
     TorchExperts,
     TritonExperts,
 )
+from compile_moe.ops import batch_tokens
+from compile_moe.prepare_finalize import batched_all_to_all
+from tests.support.batched import poison, poisoning
 from tests.support.oracle import Layer, assert_as_accurate, make_layer
 from tests.support.quantized import Quantized, Variant, make_quantized
 from tests.support.quantized import assert_as_accurate as assert_quantized_as_accurate
@@ -28,13 +36,16 @@ from tests.support.quantized import assert_as_accurate as assert_quantized_as_ac
 E = 6
 
 
-class OwnFinalize(AllToAllPrepareAndFinalize):
-    """A finalize of the user's own around ours, as the published interface calls it."""
+def own_finalize(base: type[Any]) -> type[Any]:
+    class OwnFinalize(base):  # type: ignore[misc]
+        """A finalize of the user's own around ours, as the published interface calls it."""
 
-    def finalize(self, output: Tensor, *arguments: Any) -> None:
-        result = torch.empty_like(output)
-        super().finalize(result, *arguments)
-        output.copy_(result)
+        def finalize(self, output: Tensor, *arguments: Any) -> None:
+            result = torch.empty_like(output)
+            super().finalize(result, *arguments)
+            output.copy_(result)
+
+    return OwnFinalize
 
 
 class OwnExperts(TritonExperts):
@@ -53,6 +64,17 @@ PARTS: dict[str, Callable[..., Any]] = {
     "all_gather_equal": lambda *args, **kwargs: AllGatherPrepareAndFinalize(
         *args, **kwargs, num_tokens="equal"
     ),
+    "batched_all_to_all": BatchedAllToAllPrepareAndFinalize,
+}
+OWN_FINALIZE = {
+    "own_finalize": own_finalize(AllToAllPrepareAndFinalize),
+    "batched_own_finalize": own_finalize(BatchedAllToAllPrepareAndFinalize),
+}
+#: What takes the place of experts where the parts batch tokens.
+BATCHED = {
+    TritonExperts: BatchedTritonExperts,
+    TorchExperts: BatchedTorchExperts,
+    OwnExperts: poisoning(BatchedTritonExperts),
 }
 #: Tokens of each of up to four ranks.
 NUM_TOKENS: dict[str, list[int]] = {"even": [5] * 4, "uneven": [9, 0, 4, 1], "none": [0] * 4}
@@ -100,6 +122,12 @@ class Case:
     variant: str = ""
     backend: str = ""
     inplace: bool = False
+    #: Of batched parts; as it is, nothing is dropped.
+    max_tokens_per_rank: int = 45
+
+    @property
+    def is_batched(self) -> bool:
+        return self.parts.startswith("batched")
 
 
 def cases() -> Iterator[tuple[str, Case]]:
@@ -128,24 +156,44 @@ def cases() -> Iterator[tuple[str, Case]]:
     # Through dynamo and AOTAutograd: seconds.
     compiled = Case("all_to_all", "replicated", layer={"skipped": True}, backend="aot_eager")
     yield "all_to_all-fp8_w8a8_channel-aot_eager", replace(compiled, variant="fp8_w8a8_channel")
-    for experts in (TritonExperts, OwnExperts):
-        for inplace in (False, True):
-            yield (
-                f"own-finalize-{experts.__name__}{'-in-place' * inplace}",
-                Case("own_finalize", layer={"skipped": True}, experts=experts, inplace=inplace),
-            )
+    for parts in OWN_FINALIZE:
+        for experts in (TritonExperts, OwnExperts):
+            for inplace in (False, True):
+                yield (
+                    f"{parts}-{experts.__name__}{'-in-place' * inplace}",
+                    Case(parts, layer={"skipped": True}, experts=experts, inplace=inplace),
+                )
+    yield from _over_capacity()
+
+
+def _over_capacity() -> Iterator[tuple[str, Case]]:
+    for room in (1, 3):
+        for placement in ("explicit", "replicated"):
+            case = Case("batched_all_to_all", placement, max_tokens_per_rank=room)
+            for name in ("all-on-one", "duplicates", "skipped", "biased", "topk5", "topk1-on-input"):
+                yield f"over-{room}-{placement}-{name}", replace(case, layer=LAYERS[name])
+            for variant in VARIANTS:
+                yield f"over-{room}-{placement}-{variant}", replace(case, variant=variant)
+            yield f"over-{room}-{placement}-own-experts", replace(case, experts=OwnExperts)
 
 
 @dataclass
 class Shard:
-    """A rank's part of a layer: its tokens, its weights, and how its result is judged."""
+    """A rank's part of a layer: its tokens, its weights, and how its result is judged.
+
+    num_dropped: of each expert, where tokens are batched; the ids of those slots in ``tokens`` are negative.
+    """
 
     tokens: Layer | Quantized
+    num_dropped: list[int] | None
     kernel: FusedMoEModularKernel
     args: tuple[Tensor, ...]
     options: dict[str, Any]
 
     def check(self, result: Tensor) -> None:
+        if self.num_dropped is not None:
+            counted = self.kernel.prepare_finalize.num_dropped
+            assert counted.dtype is torch.int32 and counted.tolist() == self.num_dropped
         if result.dtype is torch.float64:
             torch.testing.assert_close(result, self.tokens.reference(), rtol=1e-13, atol=1e-13)
         elif isinstance(self.tokens, Layer):
@@ -154,6 +202,25 @@ class Shard:
             # One scale for all tokens is one for each rank's.
             one_scale = self.tokens.variant.scheme == "fp8_w8a8_tensor"
             assert_quantized_as_accurate(result, self.tokens, same_scales=not one_scale)
+
+
+def kept(layer: Layer, placement: ExpertPlacement, rank: int, room: int) -> tuple[Layer, list[int]]:
+    """What a capacity leaves of a rank's tokens, slot by slot from the contract, and how many each expert lost."""
+    counts: dict[tuple[int, int], int] = {}
+    dropped = [0] * placement.num_experts
+    ids = layer.topk_ids.tolist()
+    for token, chosen in enumerate(ids):
+        for j, expert in enumerate(chosen):
+            ranks = [r for r, local in enumerate(placement.local_experts) if expert in local]
+            if not ranks:
+                continue
+            copy = expert, ranks[(token + rank) % len(ranks)]
+            counts[copy] = counts.get(copy, 0) + 1
+            if counts[copy] > room:
+                dropped[expert] += 1
+                chosen[j] = -1
+    remaining = torch.tensor(ids, dtype=layer.topk_ids.dtype).view(layer.topk_ids.shape)
+    return replace(layer, topk_ids=remaining), dropped
 
 
 def make_shard(
@@ -174,22 +241,27 @@ def make_shard(
     else:
         layer = make_layer(**options)
         weights = layer.w1[local], layer.w2[local]
-    tokens: Layer | Quantized = replace(
+    tokens = replace(
         layer,
         hidden_states=layer.hidden_states[own],
         topk_weights=layer.topk_weights[own],
         topk_ids=layer.topk_ids[own],
     )
     x, _, _, topk_weights, topk_ids = tokens.args
-    if q is not None:
-        tokens = replace(q, layer=tokens)
+    experts, num_dropped, room = case.experts, None, []
+    if case.is_batched:
+        room = [case.max_tokens_per_rank]
+        tokens, num_dropped = kept(tokens, placement, rank, *room)
+        experts = BATCHED[experts]
     if parts is None:
-        make = OwnFinalize if case.parts == "own_finalize" else PARTS[case.parts]
-        parts = make(placement, quant_config=config)
+        parts = (PARTS | OWN_FINALIZE)[case.parts](placement, *room, quant_config=config)
+    if case.is_batched:
+        room = [parts.max_num_tokens]
     biases = (b if b is None else b[local] for b in (layer.w1_bias, layer.w2_bias))
-    kernel = FusedMoEModularKernel(parts, case.experts(*biases, quant_config=config))
+    kernel = FusedMoEModularKernel(parts, experts(*room, *biases, quant_config=config))
     return Shard(
-        tokens,
+        tokens if q is None else replace(q, layer=tokens),
+        num_dropped,
         kernel,
         (x, *weights, topk_weights, topk_ids),
         {
@@ -200,6 +272,12 @@ def make_shard(
     )
 
 
+def poisoned_batch(*args: Any) -> tuple[Tensor, ...]:
+    """``batch_tokens``, with NaN in rows without a token: those that travel, and those that reach the experts."""
+    batch, rows, expert_num_tokens, num_dropped = batch_tokens(*args)
+    return poison(batch, expert_num_tokens), rows, expert_num_tokens, num_dropped
+
+
 def run_case(case: Case, rank: int, num_ranks: int) -> None:
     shard = make_shard(case, rank, num_ranks)
     function: Callable[..., Tensor] = shard.kernel
@@ -207,7 +285,9 @@ def run_case(case: Case, rank: int, num_ranks: int) -> None:
         torch.compiler.reset()
         function = torch.compile(function, fullgraph=True, backend=case.backend)
     x = shard.args[0].clone()
-    result = function(x, *shard.args[1:], **shard.options)
+    poisons = case.is_batched and not case.backend
+    with mock.patch.object(batched_all_to_all, "batch_tokens", poisoned_batch) if poisons else nullcontext():
+        result = function(x, *shard.args[1:], **shard.options)
     shard.check(result)
     assert (result is x) is case.inplace
     assert case.inplace or torch.equal(x, shard.args[0])

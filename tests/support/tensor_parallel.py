@@ -100,6 +100,7 @@ def make_tensor_shard(
     x, _, _, topk_weights, topk_ids = tokens.args
     return Shard(
         tokens,
+        None,
         FusedMoEModularKernel(parts, experts(w1_bias, w2_bias)),
         (x, cut_rows(layer.w1), layer.w2[local][:, :, columns], topk_weights, topk_ids),
         {
