@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from compile_moe import (
     AllGatherPrepareAndFinalize,
     AllToAllPrepareAndFinalize,
+    BatchedAllToAllPrepareAndFinalize,
+    BatchedTritonExperts,
     ExpertPlacement,
     FusedMoEModularKernel,
     FusedMoEPrepareAndFinalize,
@@ -26,6 +28,8 @@ from tests.support.oracle import make_layer
 
 #: Ranks with the same experts.
 SHARES = 2
+#: Of an expert in a batch, for each rank: nothing is dropped.
+ROOM = 45
 
 
 class OwnFinalize(TensorParallelPrepareAndFinalize):
@@ -53,7 +57,7 @@ def make_placement(num_ranks: int) -> ExpertPlacement:
 
 
 def make_parts(kind: str, rank: int, num_ranks: int) -> FusedMoEPrepareAndFinalize:
-    """Whether ranks with the same experts have the same tokens: kinds "reduced" and "own_finalize"."""
+    """Ranks with the same experts have tokens of their own in kinds "all_to_all" and "all_gather"."""
     placement = make_placement(num_ranks)
     if kind == "all_to_all":
         return AllToAllPrepareAndFinalize(placement, tensor_parallel_size=SHARES)
@@ -62,13 +66,18 @@ def make_parts(kind: str, rank: int, num_ranks: int) -> FusedMoEPrepareAndFinali
     tensor_group = same_experts(num_ranks)[rank // SHARES]
     if kind == "one_device":
         return TensorParallelPrepareAndFinalize(MoEPrepareAndFinalizeNoEP(), tensor_group)
-    parts = AllToAllPrepareAndFinalize(placement, same_part(num_ranks)[rank % SHARES])
+    group = same_part(num_ranks)[rank % SHARES]
+    if kind == "batched":
+        return TensorParallelPrepareAndFinalize(
+            BatchedAllToAllPrepareAndFinalize(placement, ROOM, group), tensor_group
+        )
+    parts = AllToAllPrepareAndFinalize(placement, group)
     wrapper = OwnFinalize if kind == "own_finalize" else TensorParallelPrepareAndFinalize
     return wrapper(parts, tensor_group)
 
 
 def make_tensor_shard(
-    kind: str, rank: int, num_ranks: int, experts: type[Any] = TritonExperts, **layer_options: Any
+    kind: str, rank: int, num_ranks: int, experts: Callable[..., Any] = TritonExperts, **layer_options: Any
 ) -> Shard:
     """This rank's tokens and parts of experts."""
     counts = [9, 0, 4, 1][:num_ranks]
@@ -91,6 +100,8 @@ def make_tensor_shard(
     w1_bias = None if layer.w1_bias is None else cut_rows(layer.w1_bias)
     w2_bias = None if layer.w2_bias is None or rank % SHARES else layer.w2_bias[local]
     parts = make_parts(kind, rank, num_ranks)
+    if kind == "batched":
+        experts = functools.partial(BatchedTritonExperts, num_ranks // SHARES * ROOM)
     tokens = replace(
         layer,
         hidden_states=layer.hidden_states[own],
@@ -115,6 +126,8 @@ def cases() -> Iterator[tuple[str, str, type[Any], dict[str, Any]]]:
         for name in ("skipped", "biased", "topk1-on-input", "bfloat16", "float64"):
             yield f"{kind}-{name}", kind, TritonExperts, LAYERS[name]
         yield f"{kind}-own-experts", kind, OwnExperts, LAYERS["skipped"]
+    for name in ("skipped", "biased"):
+        yield f"batched-{name}", "batched", TritonExperts, LAYERS[name]
     yield "own-finalize", "own_finalize", TritonExperts, LAYERS["skipped"]
 
 
