@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compile_moe.activations import ActivationLike
+from compile_moe.dtensor_weights import local_experts, local_tensors
 from compile_moe.modular_parts import (
     FusedMoEPermuteExpertsUnpermute,
     FusedMoEPrepareAndFinalize,
@@ -53,6 +54,8 @@ class FusedMoEModularKernel(torch.nn.Module):
             raise TypeError(
                 f"fused_experts must be a FusedMoEPermuteExpertsUnpermute, got {type(fused_experts).__name__}"
             )
+        for name, bias in getattr(fused_experts, "sharded_biases", {}).items():
+            local_experts(name, bias, prepare_finalize)
         self.prepare_finalize = prepare_finalize
         self.fused_experts = fused_experts
 
@@ -79,7 +82,9 @@ class FusedMoEModularKernel(torch.nn.Module):
 
         Args:
             hidden_states: (M, K).
-            w1: (E, N, K), N = 2I where the activation is gated, else I. w2: (E, K, I).
+            w1: (E, N, K), N = 2I where the activation is gated, else I. w2: (E, K, I). They, their scales and their
+                zero points may be DTensors: replicated, or sharded by expert as an expert-parallel prepare_finalize
+                has its experts on its group's ranks.
             topk_weights: (M, topk), floating point. topk_ids: (M, topk), int32 or int64; negative ids, ids that
                 expert_map sends to -1, and the id global_num_experts skip their slot.
             inplace: write the result into hidden_states and return it.
@@ -100,6 +105,15 @@ class FusedMoEModularKernel(torch.nn.Module):
             hidden_states=hidden_states, w1=w1, w2=w2, topk_weights=topk_weights, topk_ids=topk_ids
         )
         require_optional_tensors(expert_map=expert_map)
+        w1, w2, w1_scale, w2_scale, w1_zp, w2_zp = local_tensors(
+            self.prepare_finalize,
+            ("w1", w1),
+            ("w2", w2),
+            ("w1_scale", w1_scale),
+            ("w2_scale", w2_scale),
+            ("w1_zp", w1_zp),
+            ("w2_zp", w2_zp),
+        )
         # No more than what holds for every format of weights: the experts check theirs.
         check_call(hidden_states, w1, w2, topk_weights, topk_ids, expert_map, apply_router_weight_on_input)
         E, M, N, K, topk = _moe_problem_size(hidden_states, w1, w2, topk_ids)
