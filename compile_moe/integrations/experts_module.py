@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from compile_moe.dtensor_weights import is_dtensor, shard_of_experts
 from compile_moe.experts import TritonExperts
 from compile_moe.fused_experts import fused_experts
 from compile_moe.modular_kernel import FusedMoEModularKernel
@@ -38,7 +39,7 @@ def projections(module: Any) -> tuple[str, str]:
 
 
 def float_weight(module: Any, name: str) -> Tensor:
-    """A weight or bias of a module that isn't quantized."""
+    """A weight or bias of a module that isn't quantized; of a DTensor, this rank's experts."""
     weight = getattr(module, name, None)
     if not isinstance(weight, Tensor):
         raise TypeError(
@@ -52,7 +53,18 @@ def float_weight(module: Any, name: str) -> Tensor:
             "this integration does not know how these experts are quantized: load the model dequantized, or choose "
             "another experts_implementation"
         )
-    return weight
+    if not is_dtensor(weight):
+        return weight
+    local: Tensor = shard_of_experts(f"{type(module).__name__}.{name}", weight)
+    # Transformers' expert-parallel plan says so where a rank's ids are those of its own experts.
+    num_experts = getattr(module, "num_experts", None)
+    if local.size(0) != num_experts:
+        raise ValueError(
+            f"{type(module).__name__}.{name} is sharded over ranks, {local.size(0)} of {num_experts} experts on "
+            "this one, and nothing sends their tokens there: shard the model by transformers' expert-parallel plan "
+            "(distributed_config), or give its weights as plain tensors to compile_moe.parallelize"
+        )
+    return local
 
 
 def float_weights(module: Any) -> tuple[Tensor, Tensor]:

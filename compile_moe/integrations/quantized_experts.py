@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compile_moe.dtensor_weights import as_sharded
 from compile_moe.integrations.experts_module import Operands, float_weights, projections
 from compile_moe.quant_config import FusedMoEQuantConfig, find_scheme
 from compile_moe.quantization import QuantizedWeights
@@ -92,6 +93,8 @@ def _set_weights(
 ) -> None:
     if quantization.scheme == _MXFP4:
         weights = weights._replace(weight=weights.weight.unflatten(2, (-1, 16)))
+    # Whether results are summed over ranks, transformers sees by DTensors.
+    weights = QuantizedWeights(*(as_sharded(tensor, getattr(module, projection)) for tensor in weights))
     delattr(module, projection)
     for name, tensor in zip(quantization.names(projection), weights, strict=True):
         module.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
