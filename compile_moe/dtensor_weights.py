@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compile_moe.graph_constants import constant_in_graphs
@@ -39,9 +40,8 @@ def local_experts(name: str, weight: Any, parts: object = None) -> Any:
     if not is_dtensor(weight):
         return weight
     placement, group = getattr(parts, "placement", None), getattr(parts, "group", None)
-    sharded = [i for i, p in enumerate(weight.placements) if not p.is_replicate()]
     if placement is None or group is None:
-        if sharded:
+        if not all(p.is_replicate() for p in weight.placements):
             raise ValueError(
                 f"{_described(name, weight)}, but this layer sends no tokens to other ranks: weights must be plain "
                 "tensors or replicated DTensors. Give a FusedMoEModularKernel with AllToAllPrepareAndFinalize or "
@@ -49,19 +49,9 @@ def local_experts(name: str, weight: Any, parts: object = None) -> Any:
                 f"expert_map) name this rank's experts only, or {name}.full_tensor() to gather them"
             )
         return weight.to_local()
-    own = tuple(placement.local_experts[group.rank])
-    if not sharded:
-        held = "a copy of all of them"
-        fits = weight.size(0) == len(own)
-    elif len(sharded) > 1 or not weight.placements[sharded[0]].is_shard(0):
-        held, fits = "a part of each", False
-    elif not _is_over(weight.device_mesh, sharded[0], group):
-        held, fits = "those of another group", False
-    else:
-        start, end = _chunk(weight.size(0), group.size, group.rank)
-        held = f"experts {start} to {end - 1}" if end > start else "none"
-        fits = weight.size(0) == placement.num_experts and own == tuple(range(start, end))
+    fits, held = _holds_own_experts(weight, parts)
     if not fits:
+        own = tuple(placement.local_experts[group.rank])
         raise ValueError(
             f"{_described(name, weight)}, which holds on rank {group.rank} {held}; {type(parts).__name__} has experts "
             f"{own} there. Accepted are Shard(0) on a mesh dimension of the ranks of its group, in the order of its "
@@ -69,6 +59,42 @@ def local_experts(name: str, weight: Any, parts: object = None) -> Any:
             f"experts; redistribute {name}, or pass this rank's experts as a plain tensor"
         )
     return weight.to_local()
+
+
+def own_experts(weight: Any, parts: Any) -> Tensor:
+    """Of a whole model's weight (num_experts, ...), this rank's experts, in memory of their own.
+
+    All ranks of a DTensor call it together: it is gathered, unless it lies as the experts do.
+    """
+    own = list(parts.placement.local_experts[parts.group.rank])
+    weight = weight.detach()
+    if weight.is_meta:
+        return weight.new_empty(len(own), *weight.shape[1:])
+    if is_dtensor(weight):
+        fits, _ = _holds_own_experts(weight, parts)
+        if fits and weight.size(0) == parts.placement.num_experts:
+            return weight.to_local()
+        weight = weight.full_tensor()
+    if weight.itemsize == 1:
+        # Not every device can index all one-byte types.
+        return weight.view(torch.uint8)[own].view(weight.dtype)
+    return weight[own]
+
+
+def _holds_own_experts(weight: Any, parts: Any) -> tuple[bool, str]:
+    """Whether the local part of a DTensor is what the placement gives this rank, and what it is, in words."""
+    placement, group = parts.placement, parts.group
+    own = tuple(placement.local_experts[group.rank])
+    sharded = [i for i, p in enumerate(weight.placements) if not p.is_replicate()]
+    if not sharded:
+        return weight.size(0) == len(own), "a copy of all of them"
+    if len(sharded) > 1 or not weight.placements[sharded[0]].is_shard(0):
+        return False, "a part of each"
+    if not _is_over(weight.device_mesh, sharded[0], group):
+        return False, "those of another group"
+    start, end = _chunk(weight.size(0), group.size, group.rank)
+    held = f"experts {start} to {end - 1}" if end > start else "none"
+    return weight.size(0) == placement.num_experts and own == tuple(range(start, end)), held
 
 
 def shard_of_experts(name: str, weight: Any) -> Any:
@@ -108,7 +134,9 @@ def _is_over(mesh: Any, dim: int, group: Any) -> bool:
     """Whether a mesh dimension has a group's ranks, in their order."""
     import torch.distributed as dist
 
-    return tuple(dist.get_process_group_ranks(mesh.get_group(dim))) == group.ranks
+    # Groups are sorted, meshes need not be.
+    has_ranks = tuple(dist.get_process_group_ranks(mesh.get_group(dim))) == group.ranks
+    return has_ranks and mesh.get_coordinate()[dim] == group.rank
 
 
 def _chunk(num_experts: int, num_ranks: int, rank: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from compile_moe.dtensor_weights import as_sharded
-from compile_moe.integrations.experts_module import Operands, float_weights, projections
+from compile_moe.integrations.experts_module import Operands, float_weights, parts_of, projections
 from compile_moe.quant_config import FusedMoEQuantConfig, find_scheme
 from compile_moe.quantization import QuantizedWeights
 from compile_moe.quantize_weights import check_quantizable, quantize_weights
@@ -55,6 +55,11 @@ def check_module(module: Any, quantization: ExpertsQuantization, zero_points: bo
     if held is not None:
         raise ValueError(
             f"{type(module).__name__} is quantized already, to {held.scheme}: quantize a model with float weights"
+        )
+    if parts_of(module) is not None:
+        raise ValueError(
+            f"{type(module).__name__} is parallelized: how tokens travel is settled; quantize a model before "
+            "compile_moe.parallelize"
         )
     scheme = find_scheme(quantization.scheme, quantization.block_shape, quantization.group_size)
     for projection, w in zip(projections(module), float_weights(module), strict=True):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import compile_moe.integrations.transformers as integration
 from tests.support.quantized_models import experts_of, load, logits, make_model, prompt
+from tests.support.tiny_models import COMMON
 
 NUM_EXPERTS = 8
 
@@ -38,8 +39,10 @@ def run_plan(rank: int, num_ranks: int, folder: Path) -> None:
             _assert_equal(model, alone, ids, f"{name}, {way}")
             # all_to_all compiles so with no experts: transformers branches on the number of rows that arrive.
             if name == "qwen3_moe" and way != "all_to_all":
-                compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-                _assert_equal(compiled, alone, ids, f"{name}, {way}, compiled")
+                block = model.model.layers[0].mlp
+                hidden_states = torch.randn(2, 5, COMMON["hidden_size"])
+                compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+                torch.testing.assert_close(compiled(hidden_states), block(hidden_states))
         if name != "mxfp4":
             for m in (alone, model):
                 integration.quantize_experts(m, "int8_w8a16")
