@@ -124,9 +124,15 @@ def as_sharded(local: Any, weight: Any) -> Any:
 def local_tensors(parts: object, *named: tuple[str, Tensor | None]) -> tuple[Any, ...]:
     """:func:`local_experts` of several weights."""
     dtensor = _dtensor_class()
+    if dtensor is None:
+        return tuple([weight for _, weight in named])
     return tuple(
-        weight if dtensor is None or not isinstance(weight, dtensor) else local_experts(name, weight, parts)
-        for name, weight in named
+        [
+            local_experts(name, weight, parts)
+            if weight is not None and isinstance(weight, dtensor)
+            else weight
+            for name, weight in named
+        ]
     )
 
 

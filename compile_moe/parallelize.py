@@ -33,7 +33,8 @@ def parallelize(
     Every experts module of transformers' ``use_experts_implementation`` in ``module`` keeps the experts that the
     placement gives this rank, frees the others, and from then on runs through a
     :class:`compile_moe.FusedMoEModularKernel`, whatever ``experts_implementation`` is. Nothing else in the model
-    changes: the ranks are data-parallel, and all call it together, also one without tokens.
+    changes: the ranks are data-parallel, and all call it together and equally often, also one without tokens
+    (``generate``: with as many new tokens on each).
 
     Weights may be plain tensors, DTensors of any layout (they are gathered one module after the other, by all ranks) or
     on the meta device; with biases, stored transposed, with a norm behind the experts, FP8 or quantized by
