@@ -19,6 +19,7 @@ from compile_moe.modular_kernel import (
     _moe_problem_size,
 )
 from compile_moe.ops.registry import on_fake_call
+from compile_moe.parallelize import parallelize
 from compile_moe.prepare_finalize import (
     AllGatherPrepareAndFinalize,
     AllToAllPrepareAndFinalize,
@@ -59,6 +60,7 @@ __all__ = [
     "explain",
     "fused_experts",
     "integrations",
+    "parallelize",
     "quantize_weights",
     "repack_awq",
     "repack_compressed_tensors",

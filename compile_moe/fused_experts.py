@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compile_moe.activations import Activation, ActivationLike, resolve_activation
+from compile_moe.dtensor_weights import local_tensors
 from compile_moe.experts import TritonExperts
 from compile_moe.modular_kernel import FusedMoEModularKernel
 from compile_moe.ops.fused_moe import fused_moe, fused_moe_, fused_moe_of_stages
@@ -45,7 +46,8 @@ def fused_experts(
     Args:
         hidden_states: (M, K), bf16, fp16 or fp32 (on CPU also float64).
         w1: (E, N, K), N = 2I where the activation is gated, else I; gate rows first, then up rows, unless the
-            activation says interleaved. w2: (E, K, I). Any strides: transposed storage goes in as a view.
+            activation says interleaved. w2: (E, K, I). Any strides: transposed storage goes in as a view. They and
+            the biases may be replicated DTensors.
         topk_weights: (M, topk), floating point, applied in float32.
         topk_ids: (M, topk), int32 or int64. Negative ids, ids that expert_map sends to -1, and the id that equals
             the number of experts skip their slot.
@@ -123,6 +125,9 @@ def _layer(
     require_tensors(hidden_states=hidden_states, w1=w1, w2=w2, topk_weights=topk_weights, topk_ids=topk_ids)
     require_optional_tensors(expert_map=expert_map, w1_bias=w1_bias, w2_bias=w2_bias)
     require_int("global_num_experts", global_num_experts)
+    w1, w2, w1_bias, w2_bias = local_tensors(
+        None, ("w1", w1), ("w2", w2), ("w1_bias", w1_bias), ("w2_bias", w2_bias)
+    )
     require(w1.dim() == 3, lambda: f"w1 must be (E, N, K), got {shape(w1)}")
     resolved = resolve_activation(activation, w1.size(1), hidden_states)
     if resolved.function is not None or quant_config is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compile_moe.activations import ActivationLike
+from compile_moe.dtensor_weights import local_tensors
 from compile_moe.modular_parts import (
     FusedMoEPermuteExpertsUnpermute,
     FusedMoEPrepareAndFinalize,
@@ -68,6 +69,16 @@ class ModularCall:
             topk_ids=a.topk_ids,
         )
         require_optional_tensors(expert_map=a.expert_map)
+        w1, w2, w1_scale, w2_scale, w1_zp, w2_zp = local_tensors(
+            parts,
+            ("w1", a.w1),
+            ("w2", a.w2),
+            ("w1_scale", a.w1_scale),
+            ("w2_scale", a.w2_scale),
+            ("w1_zp", a.w1_zp),
+            ("w2_zp", a.w2_zp),
+        )
+        a = a._replace(w1=w1, w2=w2, w1_scale=w1_scale, w2_scale=w2_scale, w1_zp=w1_zp, w2_zp=w2_zp)
         # No more than what holds for every format of weights: the experts check theirs.
         check_call(
             a.hidden_states,

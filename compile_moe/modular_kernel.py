@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compile_moe.activations import ActivationLike
+from compile_moe.dtensor_weights import local_experts
 from compile_moe.modular_call import Arguments, ModularCall
 from compile_moe.modular_parts import (
     FusedMoEPermuteExpertsUnpermute,
@@ -51,6 +52,8 @@ class FusedMoEModularKernel(torch.nn.Module):
             raise TypeError(
                 f"fused_experts must be a FusedMoEPermuteExpertsUnpermute, got {type(fused_experts).__name__}"
             )
+        for name, bias in getattr(fused_experts, "sharded_biases", {}).items():
+            local_experts(name, bias, prepare_finalize)
         self.prepare_finalize = prepare_finalize
         self.fused_experts = fused_experts
 
@@ -77,7 +80,9 @@ class FusedMoEModularKernel(torch.nn.Module):
 
         Args:
             hidden_states: (M, K).
-            w1: (E, N, K), N = 2I where the activation is gated, else I. w2: (E, K, I).
+            w1: (E, N, K), N = 2I where the activation is gated, else I. w2: (E, K, I). They, their scales and their
+                zero points may be DTensors: replicated, or sharded by expert as an expert-parallel prepare_finalize
+                has its experts on its group's ranks.
             topk_weights: (M, topk), floating point. topk_ids: (M, topk), int32 or int64; negative ids, ids that
                 expert_map sends to -1, and the id global_num_experts skip their slot.
             inplace: write the result into hidden_states and return it.
@@ -125,6 +130,6 @@ class FusedMoEModularKernel(torch.nn.Module):
         >>> out = call.result() + shared_out                                            # doctest: +SKIP
 
         or the next microbatch's call, through a layer with prepare/finalize parts of its own. On one device nothing
-        travels. Inductor keeps this order in compiled code. Hooks on this module do not run.
+        travels. In compiled code inductor decides on the order. Hooks on this module do not run.
         """
         return ModularCall(self.prepare_finalize, self.fused_experts, Arguments(*arguments, **options))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compile_moe.activations import ActivationLike
+from compile_moe.dtensor_weights import is_dtensor, shard_of_experts
 from compile_moe.experts.ordered_rows import OrderedRows
 from compile_moe.experts.quantized import QuantizedLayer
 from compile_moe.modular_parts import FusedMoEPermuteExpertsUnpermute
@@ -30,7 +31,8 @@ class BuiltInExperts(FusedMoEPermuteExpertsUnpermute):
 
     Args:
         w1_bias: (E, N), added before the activation, or None.
-        w2_bias: (E, K), added to each expert's output before it is weighted, or None.
+        w2_bias: (E, K), added to each expert's output before it is weighted, or None. Both may be DTensors, as w1
+            and w2 of :class:`compile_moe.FusedMoEModularKernel` may.
         quant_config: how the weights and the tokens from ``prepare`` are quantized, or None. Results then have
             workspace13's dtype (under autocast, the autocast dtype): quantized tokens don't say what they were.
     """
@@ -44,8 +46,11 @@ class BuiltInExperts(FusedMoEPermuteExpertsUnpermute):
         require_quant_config(quant_config)
         self.quant_config = quant_config
         require_optional_tensors(w1_bias=w1_bias, w2_bias=w2_bias)
-        self.w1_bias = w1_bias
-        self.w2_bias = w2_bias
+        given = {"w1_bias": w1_bias, "w2_bias": w2_bias}
+        #: For the kernel, whose other part says whether they fit.
+        self.sharded_biases = {name: bias for name, bias in given.items() if is_dtensor(bias)}
+        self.w1_bias = shard_of_experts("w1_bias", w1_bias)
+        self.w2_bias = shard_of_experts("w2_bias", w2_bias)
 
     @abstractmethod
     def sort_tokens(

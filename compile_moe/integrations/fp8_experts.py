@@ -46,27 +46,36 @@ def fp8_experts_forward(
         TypeError: weights or scales of other dtypes.
         ValueError: shapes that don't fit together.
     """
-    (w1, w1_scale), (w2, w2_scale) = (_weight_and_scale(self, name) for name in projections(self))
+    return run_experts(self, fp8_operands(self, hidden_states), hidden_states, top_k_index, top_k_weights)
+
+
+def is_fp8(module: Any) -> bool:
+    """Whether a module is an ``FP8Experts``."""
+    return hasattr(module, f"{projections(module)[1]}_scale_inv")
+
+
+def fp8_operands(module: Any, hidden_states: Tensor) -> Operands:
+    """A module's weights, with its scales in a config."""
+    (w1, w1_scale), (w2, w2_scale) = (_weight_and_scale(module, name) for name in projections(module))
     if w1.dtype is not w2.dtype:
         raise TypeError(
-            f"{type(self).__name__} holds {w1.dtype} and {w2.dtype} weights, which no scheme mixes; {_ADVICE}"
+            f"{type(module).__name__} holds {w1.dtype} and {w2.dtype} weights, which no scheme mixes; {_ADVICE}"
         )
     if w1.dtype is torch.int8:
         scheme: dict[str, Any] = {"scheme": "mxfp4_w4a16"}
         w1, w2 = w1.view(torch.uint8), w2.view(torch.uint8)
-    elif self.block_size is not None:
-        scheme = {"scheme": "fp8_w8a8_block", "block_shape": self.block_size}
-    elif self.activation_scheme == "static" and w1_scale.numel() == w1.size(0):
+    elif module.block_size is not None:
+        scheme = {"scheme": "fp8_w8a8_block", "block_shape": module.block_size}
+    elif module.activation_scheme == "static" and w1_scale.numel() == w1.size(0):
         # The names are gate_up_proj's whether there is a gate or not.
-        a1_scale, a2_scale = self.gate_up_proj_activation_scale, self.down_proj_activation_scale
+        a1_scale, a2_scale = module.gate_up_proj_activation_scale, module.down_proj_activation_scale
         scheme = {"scheme": "fp8_w8a8_tensor", "a1_scale": a1_scale, "a2_scale": a2_scale}
         w1_scale, w2_scale = w1_scale.flatten(), w2_scale.flatten()
     else:
         scheme = {"scheme": "fp8_w8a8_channel"}
         w1_scale, w2_scale = _scale_per_row(w1_scale, w1.size(1)), _scale_per_row(w2_scale, w2.size(1))
     config = FusedMoEQuantConfig(**scheme, w1_scale=w1_scale, w2_scale=w2_scale)
-    operands = Operands(w1, w2, config, hidden_states.dtype)
-    return run_experts(self, operands, hidden_states, top_k_index, top_k_weights)
+    return Operands(w1, w2, config, hidden_states.dtype)
 
 
 def _weight_and_scale(module: Any, name: str) -> tuple[Tensor, Tensor]:

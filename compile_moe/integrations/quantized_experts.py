@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compile_moe.integrations.experts_module import Operands, float_weights, projections
+from compile_moe.dtensor_weights import as_sharded
+from compile_moe.integrations.experts_module import Operands, float_weights, parts_of, projections
 from compile_moe.quant_config import FusedMoEQuantConfig, find_scheme
 from compile_moe.quantization import QuantizedWeights
 from compile_moe.quantize_weights import check_quantizable, quantize_weights
@@ -54,6 +55,11 @@ def check_module(module: Any, quantization: ExpertsQuantization, zero_points: bo
     if held is not None:
         raise ValueError(
             f"{type(module).__name__} is quantized already, to {held.scheme}: quantize a model with float weights"
+        )
+    if parts_of(module) is not None:
+        raise ValueError(
+            f"{type(module).__name__} is parallelized: how tokens travel is settled; quantize a model before "
+            "compile_moe.parallelize"
         )
     scheme = find_scheme(quantization.scheme, quantization.block_shape, quantization.group_size)
     for projection, w in zip(projections(module), float_weights(module), strict=True):
@@ -92,6 +98,8 @@ def _set_weights(
 ) -> None:
     if quantization.scheme == _MXFP4:
         weights = weights._replace(weight=weights.weight.unflatten(2, (-1, 16)))
+    # Whether results are summed over ranks, transformers sees by DTensors.
+    weights = QuantizedWeights(*(as_sharded(tensor, getattr(module, projection)) for tensor in weights))
     delattr(module, projection)
     for name, tensor in zip(quantization.names(projection), weights, strict=True):
         module.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))

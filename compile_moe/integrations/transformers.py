@@ -17,7 +17,14 @@ from typing import Any
 
 from torch import Tensor
 
-from compile_moe.integrations.experts_module import NAME, Operands, float_weights, is_experts, run_experts
+from compile_moe.integrations.experts_module import (
+    NAME,
+    Operands,
+    float_weights,
+    is_experts,
+    refuse_save_pretrained,
+    run_experts,
+)
 from compile_moe.integrations.fp8_experts import fp8_experts_forward
 from compile_moe.integrations.quantized_experts import (
     ExpertsQuantization,
@@ -119,17 +126,9 @@ def quantize_experts(
         check_module(module, quantization, zero_points)
     register()
     model.set_experts_implementation(NAME)
-    _refuse_saving(model)
+    refuse_save_pretrained(model, _save_pretrained)
     for module in experts:
         quantize_module(module, quantization, zero_points)
-
-
-def _refuse_saving(model: Any) -> None:
-    """Let save_pretrained of a model, and of the models in it that have experts, raise."""
-    for module in model.modules():
-        if hasattr(module, "save_pretrained") and any(map(is_experts, module.modules())):
-            # A function of this module: the model can still be copied and pickled.
-            module.save_pretrained = _save_pretrained
 
 
 def _save_pretrained(*args: Any, **kwargs: Any) -> None:

@@ -27,6 +27,8 @@ class Group(NamedTuple):
     rank: int
     #: Of its backend's tensors.
     device: torch.device
+    #: Global ranks, in the group's order.
+    ranks: tuple[int, ...] = ()
 
 
 def find_group(group: Any) -> Group:
@@ -56,7 +58,8 @@ def find_group(group: Any) -> Group:
         raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
     on_cuda = "nccl" in str(dist.get_backend(group))
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-    return Group(str(group.group_name), group.size(), group.rank(), device)
+    ranks = tuple(dist.get_process_group_ranks(group))
+    return Group(str(group.group_name), group.size(), group.rank(), device, ranks)
 
 
 def all_gather(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
