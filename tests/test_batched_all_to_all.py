@@ -74,7 +74,8 @@ def test_kernels_of_a_layer(fake_group: None, fresh_dynamo: None) -> None:
     assert len(collectives) == 3, "tokens; counts; results"
     # The received rows' experts; results of rows to send; finalize, residual and norm; the counter.
     assert len(generated.triton_kernels) == 4, generated.triton_kernels
-    last = [name for name in generated.triton_kernels if "rsqrt" in name]
+    # Kernels are named by their ops, among which torch has the norm whole or in parts.
+    last = [name for name in generated.triton_kernels if "rsqrt" in name or "rms_norm" in name]
     assert len(last) == 1 and "reduce_batch" in last[0]
 
 
