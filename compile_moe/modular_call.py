@@ -108,8 +108,9 @@ class ModularCall:
             size13, size2, workspace_dtype = experts.workspace_shapes(
                 a.hidden_states, M, N, K, topk, num_experts
             )
-        self._workspace13 = a.hidden_states.new_zeros(size13, dtype=workspace_dtype)
-        self._workspace2 = a.hidden_states.new_zeros(size2, dtype=workspace_dtype)
+        self._workspaces: tuple[Tensor, ...] = tuple(
+            [a.hidden_states.new_zeros(size, dtype=workspace_dtype) for size in (size13, size2)]
+        )
 
         prepare_arguments = (
             a.hidden_states,
@@ -127,18 +128,29 @@ class ModularCall:
             self._arrived = parts.prepare_async(*prepare_arguments)  # type: ignore[misc]
         else:
             self._prepared = parts.prepare(*prepare_arguments)
-        self._is_computed = False
+        self._is_begun = self._is_computed = False
         self._returned: Callable[[], Tensor] | None = None
         self._result: Tensor | None = None
 
     def compute(self) -> None:
-        """Wait for the tokens, run the experts and start to send the results back. A second time: nothing."""
+        """Wait for the tokens, run the experts and start to send the results back. A second time: nothing.
+
+        Raises:
+            RuntimeError: an earlier ``compute`` of this call raised.
+        """
         if self._is_computed:
             return
-        self._is_computed = True
+        if self._is_begun:
+            raise RuntimeError("this call failed when it was computed: start another")
+        self._is_begun = True
         a, parts, experts = self._arguments, self._parts, self._experts
         E, _, _, K, topk = self._sizes
-        prepared = self._prepared if self._arrived is None else self._arrived()
+        arrived, prepared = self._arrived, self._prepared
+        # What was sent, and what came, need not outlive their use.
+        self._arrived = self._prepared = None
+        if arrived is not None:
+            prepared = arrived()
+            del arrived
         a1q, a1q_scale, expert_num_tokens, ids, weights = _prepare_result(
             prepared, a.topk_ids, a.topk_weights
         )
@@ -168,8 +180,8 @@ class ModularCall:
             w2_zp=a.w2_zp,
             a1q_scale=a1q_scale,
             a2_scale=a.a2_scale,
-            workspace13=self._workspace13,
-            workspace2=self._workspace2,
+            workspace13=self._workspaces[0],
+            workspace2=self._workspaces[1],
             expert_num_tokens=expert_num_tokens,
         )
         if self._output is not None:
@@ -177,6 +189,7 @@ class ModularCall:
                 self._output, fused_out, a.topk_weights, a.topk_ids, a.apply_router_weight_on_input
             )
             self._result = self._output
+            self._finish()
             return
         mask = (ids, a.expert_map, E) if unfilled else (None, None, -1)
         if not unfilled:
@@ -192,13 +205,20 @@ class ModularCall:
             self._returned = parts.reduce_async(*reduce_arguments)  # type: ignore[misc]
         else:
             self._result = self._written(parts.reduce(*reduce_arguments))  # type: ignore[misc]
+        self._finish()
 
     def result(self) -> Tensor:
         """(M, K), after ``compute`` if that was not called."""
         self.compute()
         if self._result is None:
-            self._result = self._written(self._returned())  # type: ignore[misc]
+            returned, self._returned = self._returned, None
+            self._result = self._written(returned())  # type: ignore[misc]
         return self._result
+
+    def _finish(self) -> None:
+        """Let go of what only ``compute`` needs."""
+        self._workspaces, self._output = (), None
+        self._is_computed = True
 
     def _written(self, result: Tensor) -> Tensor:
         _, M, _, K, _ = self._sizes

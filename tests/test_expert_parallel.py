@@ -5,10 +5,15 @@ Starting processes and compiling take most of the time: two tests run many cases
 
 from __future__ import annotations
 
+import copy
 import datetime
+import gc
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +23,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from compile_moe import AllToAllPrepareAndFinalize
+from compile_moe import AllToAllPrepareAndFinalize, TritonExperts
+from compile_moe.prepare_finalize import all_gather, all_to_all
 from tests.support.bench_ranks import measure_on_ranks
 from tests.support.expert_parallel import Case, make_shard, placements, run_cases
 from tests.support.ranks import spawn
@@ -51,7 +57,11 @@ def _two_ranks(rank: int, num_ranks: int, seed: int) -> None:
     _two_groups(rank, seed)
     _starts_without_waiting(rank, seed)
     _microbatches(rank, seed)
+    _failed_calls(rank, seed)
+    _gradients(rank, seed)
+    _memory(rank, seed)
     _inductor_overlaps(rank, seed)
+    _compiled_tensor_parallel(rank, seed)
     _compiled_once(rank, seed, "all_gather", "")
     _compiled_once(rank, seed, "all_gather_at_most_9", "")
     # Through inductor in the example.
@@ -122,18 +132,91 @@ def _starts_without_waiting(rank: int, seed: int) -> None:
 
 
 def _microbatches(rank: int, seed: int) -> None:
-    """Two calls under way, each through parts of its own."""
+    """Many calls under way, each through parts of its own."""
     torch.manual_seed(seed)
-    shards = [
-        make_shard(Case(parts, layer={"skipped": True}), rank, 2) for parts in ("all_to_all", "all_gather")
-    ]
-    shards.append(make_tensor_shard("reduced", rank, 2))
-    shards.append(make_tensor_shard("one_device", rank, 2))
+    kinds = ("all_to_all", "all_gather", "batched_all_to_all")
+    shards = [make_shard(Case(parts, layer={"skipped": True}), rank, 2) for parts in kinds]
+    shards += [make_tensor_shard(kind, rank, 2) for kind in ("reduced", "batched", "one_device")]
     calls = [shard.kernel.start(*shard.args, **shard.options) for shard in shards]
     for call in calls[:-1]:
         call.compute()
     for shard, call in zip(shards, calls, strict=True):
         shard.check(call.result())
+
+
+def _failed_calls(rank: int, seed: int) -> None:
+    """A call fails as often as it is asked; what it leaves can be copied, and later calls are as ever."""
+
+    class Broken(TritonExperts):
+        def apply(self, *args: Any, **options: Any) -> Tensor:
+            raise ArithmeticError("broken")
+
+    for kind in ("all_to_all", "batched_all_to_all"):
+        torch.manual_seed(seed)
+        shard = make_shard(Case(kind, "replicated"), rank, 2)
+        experts, shard.kernel.fused_experts = shard.kernel.fused_experts, Broken()
+        call = shard.kernel.start(*shard.args, **shard.options)
+        with pytest.raises(ArithmeticError):
+            call.compute()
+        for again in (call.compute, call.result):
+            with pytest.raises(RuntimeError, match="this call failed when it was computed"):
+                again()
+        shard.kernel = copy.deepcopy(shard.kernel)
+        shard.kernel.fused_experts = experts
+        shard.check(shard.kernel(*shard.args, **shard.options))
+
+
+def _gradients(rank: int, seed: int) -> None:
+    """Asking for those of the tokens raises, though all experts are frozen: collectives must not drop them silently."""
+    torch.manual_seed(seed)
+    shards = [
+        make_shard(Case(parts), rank, 2) for parts in ("all_to_all", "all_gather", "batched_all_to_all")
+    ]
+    shards += [make_tensor_shard(kind, rank, 2) for kind in ("reduced", "one_device", "own_finalize")]
+    for shard in shards:
+        with torch.enable_grad():
+            x, *others = shard.args
+            result = shard.kernel(x.clone().requires_grad_(), *others, **shard.options)
+            assert result.requires_grad
+            with pytest.raises(NotImplementedError, match=r"no backward formula.* torch\.no_grad\(\)"):
+                result.sum().backward()
+        shard.check(result.detach())
+
+
+def _memory(rank: int, seed: int) -> None:
+    """While experts run, nothing is left of what was sent or came, but the tokens that they get."""
+    alive = []
+
+    class Watched(TritonExperts):
+        def apply(self, *args: Any, **options: Any) -> Tensor:
+            gc.collect()
+            alive.append([t() is not None for t in sent])
+            return super().apply(*args, **options)
+
+    def remember(tensors: Any, *args: Any) -> Any:
+        started = exchange(tensors, *args)
+        sent.extend(weakref.ref(t) for t in tensors)
+        return started
+
+    for kind, module in (("all_gather_equal", all_gather), ("all_to_all", all_to_all)):
+        sent: list[Any] = []
+        torch.manual_seed(seed)
+        shard = make_shard(Case(kind, num_tokens="even"), rank, 2)
+        shard.kernel.fused_experts = Watched()
+        name = kind.removesuffix("_equal")
+        exchange = getattr(module, name)
+        with mock.patch.object(module, name, remember):
+            shard.check(shard.kernel(*shard.args, **shard.options))
+        # The tokens themselves may have been sent.
+        assert len(alive[-1]) >= 2 and sum(alive[-1]) <= (kind == "all_gather_equal"), (kind, alive)
+
+
+def _compiled_tensor_parallel(rank: int, seed: int) -> None:
+    torch.compiler.reset()
+    torch.manual_seed(seed)
+    shard = make_tensor_shard("all_to_all", rank, 2)
+    compiled = torch.compile(shard.kernel, fullgraph=True, backend="aot_eager")
+    shard.check(compiled(*shard.args, **shard.options))
 
 
 def _inductor_overlaps(rank: int, seed: int) -> None:

@@ -26,7 +26,7 @@ from compile_moe.cli.explain import own_shape
 from compile_moe.cli.language_model import choose_device, choose_dtype
 from compile_moe.cli.measurement import Bench, attempt
 from compile_moe.cli.moe_layer import configuration, custom_configuration, make_layer
-from compile_moe.cli.refusal import Refusal
+from compile_moe.cli.refusal import Refusal, write_whole, writing
 from compile_moe.cli.timing import measure_ceilings
 
 PARTS = ("block", "experts")
@@ -97,18 +97,15 @@ def run_bench(options: BenchOptions) -> None:
         bench_plot.require(options.plot)
     for option, path in (("--json", options.json), ("--plot", options.plot)):
         if path is not None:  # refused before the work is done
-            with _writing(option, path):
+            with writing(option, path):
                 path.open("a").close()
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # graphs capture the current one
 
     def save(results: Results) -> None:
         if options.json is not None:
-            with _writing("--json", options.json):
-                # Whole or not at all: an interruption must not take what was there.
-                beside = options.json.with_name(options.json.name + ".part")
-                beside.write_text(json.dumps(as_json(results), indent=1) + "\n", encoding="utf-8")
-                beside.replace(options.json)
+            with writing("--json", options.json):
+                write_whole(options.json, json.dumps(as_json(results), indent=1) + "\n")
 
     with torch.no_grad(), _interrupted_when_terminated():
         results = measure(configs, name, options, device, dtype, save)
@@ -116,7 +113,7 @@ def run_bench(options: BenchOptions) -> None:
     for table in tables(results):
         out.print(table)
     if options.plot is not None:
-        with _writing("--plot", options.plot):
+        with writing("--plot", options.plot):
             bench_plot.picture(results).savefig(options.plot)
     if not results.complete:
         raise SystemExit(128 + signal.SIGINT)
@@ -235,11 +232,3 @@ def _check(options: BenchOptions) -> None:
             f"--plot draws over --tokens or over --num-experts, got {len(options.tokens)} and {len(num_experts)} "
             "numbers; give one number of either"
         )
-
-
-@contextmanager
-def _writing(option: str, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise Refusal(f"{option} {path} can't be written: {error.strerror}") from error

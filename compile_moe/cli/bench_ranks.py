@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,16 @@ from compile_moe.cli.language_model import choose_dtype
 from compile_moe.cli.measurement import MOST_ERROR
 from compile_moe.cli.rank_timing import (
     Ranks,
+    all_gather,
+    all_to_all,
     busiest_bytes,
-    exchange,
     joined,
     measure_links,
+    reduce_scatter,
     seconds_together,
+    slowest,
 )
-from compile_moe.cli.refusal import Refusal
+from compile_moe.cli.refusal import Refusal, write_whole, writing
 from compile_moe.cli.routing import draw_ids, log_popularities
 from compile_moe.cli.simulate import named_experts
 from compile_moe.cli.simulate_cost import Kernels, Links, kernels_of_points, layer_work, simulate_layer
@@ -45,6 +49,8 @@ from compile_moe.cli.tune_inputs import ACTIVATIONS, Experts, make_weights
 DISPATCHES = ("all_to_all", "all_gather", "batched")
 #: What a token's expert id (int32) and weight (float32) take.
 _SLOT_BYTES = 8
+#: Inputs of each number of tokens, with other routing.
+_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,9 @@ def run_bench_ranks(options: BenchRanksOptions) -> None:
     if not options.skew >= 0:
         raise Refusal(f"--skew must not be negative, got {options.skew:g}")
     name, experts = named_experts(options.model, options.sizes)
+    if options.json is not None:  # refused before the work is done
+        with writing("--json", options.json):
+            options.json.open("a").close()
     with joined("bench-ranks") as ranks, torch.no_grad():
         if experts.shape.num_experts % ranks.size:
             raise Refusal(f"the ranks, {ranks.size}, must divide the {experts.shape.num_experts} experts")
@@ -84,25 +93,23 @@ def run_bench_ranks(options: BenchRanksOptions) -> None:
             return
     Console(width=None if Console().is_terminal else 130).print(table(results))
     if options.json is not None:
-        try:
-            options.json.write_text(json.dumps(as_json(results), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise Refusal(f"--json {options.json} can't be written: {error.strerror}") from error
+        with writing("--json", options.json):
+            write_whole(options.json, json.dumps(as_json(results), indent=1) + "\n")
 
 
 def measure_ranks(name: str, experts: Experts, options: BenchRanksOptions, ranks: Ranks) -> RanksResults:
-    """All dispatches at all numbers of tokens; the same on every rank."""
+    """All dispatches at all numbers of tokens."""
     dtype = choose_dtype(options.dtype, ranks.device)
     torch.manual_seed(options.seed)
     # The same on all ranks, for the comparison with a rank that has all experts.
     weights = [make_weights(experts, gemm, dtype, ranks.device) for gemm in ("gather_gemm", "scatter_gemm")]
     bench = _RanksBench(experts, [w for pair in weights for w in pair], ranks, options)
     latency, bandwidth = measure_links(ranks)
-    alone = {tokens: bench.alone(tokens) for tokens in options.tokens}
-    kernels = bench.kernels(alone, dtype)
+    # One token, too: what it takes beyond its floor is overhead.
+    kernels = bench.kernels(dict.fromkeys((1, *options.tokens)), dtype)
     links = Links(ranks.size, bandwidth, bandwidth, latency, latency)
     measurements = [
-        bench.measure(dispatch, tokens, alone[tokens], kernels, links)
+        bench.measure(dispatch, tokens, kernels, links)
         for tokens in options.tokens
         for dispatch in options.dispatches
     ]
@@ -126,33 +133,33 @@ class _RanksBench:
         self.own = slice(local[0], local[-1] + 1)
         self.activation = ACTIVATIONS[experts.layout]
 
-    def tokens(self, tokens: int, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden_states, topk_weights and topk_ids of a rank."""
+    def tokens(self, tokens: int, rank: int | None = None, batch: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden_states, topk_weights and topk_ids of a rank, in one of several batches."""
         rank = self.ranks.rank if rank is None else rank
         popular = torch.Generator().manual_seed(self.options.seed)
         num_experts, hidden_size, _ = self.experts.shape
         popularity = log_popularities(num_experts, self.options.skew, popular)
-        generator = torch.Generator().manual_seed(1000 * self.options.seed + rank + 1)
+        generator = torch.Generator().manual_seed((self.options.seed * _BATCHES + batch) * 1000 + rank + 1)
         ids = draw_ids(popularity, tokens, self.experts.topk, generator)
         x = torch.randn(tokens, hidden_size, generator=generator)
         weights = torch.rand(tokens, self.experts.topk, generator=generator).softmax(-1)
         device = self.ranks.device
         return x.to(device, self.w1.dtype), weights.to(device), ids.to(device)  # type: ignore[union-attr]
 
-    def layer_alone(self, tokens: int) -> Callable[[], Tensor]:
+    def alone(self, tokens: int) -> list[Callable[[], Tensor]]:
+        """Layers that have all experts, on several batches, so that no cache holds the weights."""
         kernel = FusedMoEModularKernel(MoEPrepareAndFinalizeNoEP(), TritonExperts(self.w1_bias, self.w2_bias))
-        x, weights, ids = self.tokens(tokens)
-        return lambda: kernel(x, self.w1, self.w2, weights, ids, activation=self.activation)
+        return [
+            functools.partial(kernel, x, self.w1, self.w2, weights, ids, activation=self.activation)
+            for x, weights, ids in (self.tokens(tokens, batch=i) for i in range(_BATCHES))
+        ]
 
-    def alone(self, tokens: int) -> float:
-        on_gpu = self.ranks.device.type == "cuda"
-        return seconds_together(self.layer_alone(tokens), self.ranks, as_graph=on_gpu)
-
-    def kernels(self, alone: dict[int, float], dtype: torch.dtype) -> Kernels:
-        """Their times as ``compile-moe simulate`` wants them."""
+    def kernels(self, numbers: Iterable[int], dtype: torch.dtype) -> Kernels:
+        """Their times as ``compile-moe simulate`` wants them, by this rank's routing and ceilings."""
         ceilings = measure_ceilings(self.ranks.device, dtype)
         points = []
-        for tokens, seconds in alone.items():
+        for tokens in numbers:
+            seconds = seconds_together(self.alone(tokens), self.ranks, self.ranks.device.type == "cuda")
             ids = self.tokens(tokens)[2]
             counts = torch.bincount(ids.flatten().cpu(), minlength=self.experts.shape.num_experts)
             row_bytes = 2.0 * self.experts.shape.hidden_size * dtype.itemsize
@@ -171,12 +178,11 @@ class _RanksBench:
 
     def most_slots(self, tokens: int) -> int:
         """That a rank has for one expert: with so much room nothing is dropped."""
-        ids = [self.tokens(tokens, rank)[2].flatten().cpu() for rank in range(self.ranks.size)]
+        places = itertools.product(range(self.ranks.size), range(_BATCHES))
+        ids = [self.tokens(tokens, rank, batch)[2].flatten().cpu() for rank, batch in places]
         return max(int(torch.bincount(each).max()) for each in ids)
 
-    def measure(
-        self, dispatch: str, tokens: int, alone: float, kernels: Kernels, links: Links
-    ) -> RanksMeasurement:
+    def measure(self, dispatch: str, tokens: int, kernels: Kernels, links: Links) -> RanksMeasurement:
         is_static = dispatch != "all_to_all"
         device, size = self.ranks.device, self.ranks.size
         parts: Any
@@ -195,13 +201,17 @@ class _RanksBench:
         w1, w2 = self.w1[self.own], self.w2[self.own]  # type: ignore[index]
         w1_bias, w2_bias = (b if b is None else b[self.own] for b in (self.w1_bias, self.w2_bias))
         kernel = FusedMoEModularKernel(parts, experts(w1_bias, w2_bias))
-        x, weights, ids = self.tokens(tokens)
-
-        def layer() -> Tensor:
-            return kernel(x, w1, w2, weights, ids, activation=self.activation, expert_map=parts.expert_map)
-
-        expected = self.layer_alone(tokens)().float()
-        error = float(((layer().float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+        options: dict[str, Any] = {"activation": self.activation, "expert_map": parts.expert_map}
+        batches = [self.tokens(tokens, batch=i) for i in range(_BATCHES)]
+        layers = [functools.partial(kernel, x, w1, w2, *routing, **options) for x, *routing in batches]
+        alone = self.alone(tokens)
+        errors = []
+        for layer, whole in zip(layers, alone, strict=True):
+            expected = whole().float()
+            errors.append(((layer().float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+        # Of all ranks, so that all of them go on, or none.
+        (error,) = slowest([float(torch.stack(errors).max())], self.ranks)
+        x, weights, ids = batches[0]
         if not error <= MOST_ERROR[x.dtype]:
             raise RuntimeError(f"{dispatch}, {tokens} tokens: wrong result, by {error:.1e}")
         num_experts = self.placement.num_experts
@@ -219,22 +229,28 @@ class _RanksBench:
             return parts.reduce(results, *routing, parts.expert_map, len(w1), False)
 
         graph = is_static and device.type == "cuda"
-        eager = seconds_together(layer, self.ranks)
-        replayed = seconds_together(layer, self.ranks, True) if graph else None
-        there = seconds_together(prepare, self.ranks, graph)
-        both = seconds_together(there_and_back, self.ranks, graph)
+        eager = seconds_together(layers, self.ranks)
+        replayed = seconds_together(layers, self.ranks, True) if graph else None
+        there = seconds_together([prepare] * _BATCHES, self.ranks, graph)
+        both = seconds_together([there_and_back] * _BATCHES, self.ranks, graph)
         row_bytes = x.size(1) * x.element_size()
         sent_bytes = row_bytes + (0 if dispatch == "batched" else self.experts.topk * _SLOT_BYTES)
-        raw_there = seconds_together(exchange(num_sent, sent_bytes, self.ranks), self.ranks, graph)
-        raw_back = seconds_together(exchange(num_sent.t(), row_bytes, self.ranks), self.ranks, graph)
+        if dispatch == "all_gather":
+            raw = all_gather(tokens, sent_bytes, self.ranks), reduce_scatter(tokens, x, self.ranks)
+        else:
+            raw = (
+                all_to_all(num_sent, sent_bytes, self.ranks),
+                all_to_all(num_sent.t(), row_bytes, self.ranks),
+            )
+        raw_there, raw_back = (seconds_together([call] * _BATCHES, self.ranks, graph) for call in raw)
         simulated = None
         if dispatch == "all_to_all":
-            options = self.options.skew, kernels, links, sent_bytes, row_bytes, x.element_size()
-            simulated = simulate_layer(self.experts, size, tokens, *options, self.options.seed).seconds
+            costs = self.options.skew, kernels, links, sent_bytes, row_bytes, x.element_size()
+            simulated = simulate_layer(self.experts, size, tokens, *costs, self.options.seed).seconds
         return RanksMeasurement(
             dispatch,
             tokens,
-            alone,
+            seconds_together(alone, self.ranks, graph),
             eager,
             replayed,
             there,

@@ -13,11 +13,12 @@ from rich.text import Text
 class RanksMeasurement(NamedTuple):
     """Seconds of one call on all ranks, each of which has ``tokens`` tokens.
 
-    alone: each rank has all experts. layer: with the experts on the ranks; eager, replayed: launched by the host, and
-    as a CUDA graph (None where the host waits, or there is none). dispatch, combine: there and back alone, with all
-    that belongs to it; raw_dispatch, raw_combine: the backend's own exchange of the same bytes. Bytes: of the busiest
-    rank, to or from others. simulated: what ``compile-moe simulate`` says of the layer, from ``alone`` and the links.
-    error: relative, of the worst token, against ``alone``.
+    alone: each rank has all experts; launched as ``layer``. layer: with the experts on the ranks; eager, replayed:
+    launched by the host, and as a CUDA graph (None where the host waits, or there is none). dispatch: there, with all
+    that belongs to it; combine: what there and back takes longer. raw_dispatch, raw_combine: the backend's own exchange
+    of the same kind and bytes. Bytes: of the busiest rank, to or from others. simulated: what ``compile-moe simulate``
+    says of the layer, from this rank's kernels, launched by nobody, and the links. error: relative, of the worst token
+    of all ranks, against ``alone``.
     """
 
     dispatch_by: str
@@ -64,9 +65,15 @@ def table(results: RanksResults) -> Table:
         ),
         caption=Text(
             "µs of the slowest rank. alone: all experts on each rank. batched: with room for the most slots that a "
-            "rank has for an expert. raw: the backend's own exchange of the same bytes. Links: "
-            f"{results.latency * 1e6:.1f} µs, {results.bandwidth / 1e9:.1f} GB/s a rank. tokens/s: of all ranks. "
-            "*: launched by the host, other layers replayed as a CUDA graph."
+            "rank has for an expert. dispatch: there, with sorting, packing and waiting; combine: the way back. raw: "
+            "the backend's own exchange of the same kind and bytes. GB/s: bytes of the busiest rank, to or from "
+            "others, by those times. simulated: from kernels alone, without launches, and the links: "
+            f"{results.latency * 1e6:.1f} µs, {results.bandwidth / 1e9:.1f} GB/s a rank. tokens/s: of all ranks."
+            + (
+                " *: launched by the host, alone too; others replayed as CUDA graphs."
+                if results.backend == "nccl"
+                else ""
+            )
         ),
     )
     for column in (
@@ -93,7 +100,7 @@ def table(results: RanksResults) -> Table:
 
 def _rows(results: RanksResults) -> Iterator[tuple[str, ...]]:
     for m in results.measurements:
-        star = "*" if m.replayed is None else ""
+        star = "*" if m.replayed is None and results.backend == "nccl" else ""
         yield (
             str(m.tokens),
             m.dispatch_by,
@@ -104,8 +111,13 @@ def _rows(results: RanksResults) -> Iterator[tuple[str, ...]]:
             f"{m.alone / m.layer:.2f}",
             f"{m.dispatch * 1e6:.1f}",
             f"{m.raw_dispatch * 1e6:.1f}",
-            f"{m.dispatch_bytes / m.dispatch / 1e9:.1f}",
+            _rate(m.dispatch_bytes, m.dispatch),
             f"{m.combine * 1e6:.1f}",
             f"{m.raw_combine * 1e6:.1f}",
-            f"{m.combine_bytes / max(m.combine, 1e-9) / 1e9:.1f}",
+            _rate(m.combine_bytes, m.combine),
         )
+
+
+def _rate(num_bytes: int, seconds: float) -> str:
+    """GB/s; "-" where the difference of two times gives none."""
+    return f"{num_bytes / seconds / 1e9:.1f}" if seconds > 0 else "-"

@@ -43,24 +43,30 @@ def joined(command: str) -> Iterator[Ranks]:
     if on_gpus:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpus else "gloo")
-    try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    # Not after an error: it would wait for ranks that had none.
+    dist.destroy_process_group()
 
 
-def seconds_together(call: Callable[[], Any], ranks: Ranks, as_graph: bool = False) -> float:
-    """Median seconds of a call that all ranks make as often: of the slowest rank, each time.
+def seconds_together(calls: Sequence[Callable[[], Any]], ranks: Ranks, as_graph: bool = False) -> float:
+    """Median seconds of one of ``calls``, which all ranks make as often, one after the other: of the slowest rank.
 
     Args:
-        as_graph: replay it as a CUDA graph; otherwise the host launches it.
+        as_graph: replay them as a CUDA graph; otherwise the host launches them.
     """
+
+    def run() -> None:
+        for call in calls:
+            call()
+
     for _ in range(3):
-        call()
+        run()
+    timed: Callable[[], Any] = run
     if as_graph:
-        call = capture([call])
-        call()
-    return statistics.median(slowest([_seconds(call, ranks) for _ in range(_REPETITIONS)], ranks))
+        timed = capture(calls)
+        timed()
+    seconds = slowest([_seconds(timed, ranks) for _ in range(_REPETITIONS)], ranks)
+    return statistics.median(seconds) / len(calls)
 
 
 def slowest(values: Sequence[float], ranks: Ranks) -> list[float]:
@@ -86,13 +92,30 @@ def _seconds(call: Callable[[], Any], ranks: Ranks) -> float:
     return before.elapsed_time(after) / 1e3
 
 
-def exchange(num_sent: Tensor, row_bytes: int, ranks: Ranks) -> Callable[[], Any]:
-    """The backend's own all-to-all of rows of bytes: ``num_sent`` (ranks, ranks), from a rank (rows) to another."""
+def all_to_all(num_sent: Tensor, row_bytes: int, ranks: Ranks) -> Callable[[], Any]:
+    """The backend's own, of rows of bytes: ``num_sent`` (ranks, ranks), from a rank (rows) to another (columns)."""
     sent, received = num_sent[ranks.rank].tolist(), num_sent[:, ranks.rank].tolist()
     source, target = (
         torch.zeros(sum(rows), row_bytes, dtype=torch.uint8, device=ranks.device) for rows in (sent, received)
     )
     return lambda: dist.all_to_all_single(target, source, received, sent)
+
+
+def all_gather(num_rows: int, row_bytes: int, ranks: Ranks) -> Callable[[], Any]:
+    """The backend's own, of rows of bytes."""
+    source = torch.zeros(num_rows, row_bytes, dtype=torch.uint8, device=ranks.device)
+    target = source.repeat(ranks.size, 1)
+    # Newer versions of torch have another name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return lambda: gather(target, source)
+
+
+def reduce_scatter(num_rows: int, like: Tensor, ranks: Ranks) -> Callable[[], Any]:
+    """The backend's own, of rows as those of ``like``."""
+    target = like.new_zeros(num_rows, like.size(1))
+    source = target.repeat(ranks.size, 1)
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return lambda: scatter(target, source)
 
 
 def busiest_bytes(num_sent: Tensor, row_bytes: int) -> int:
@@ -104,7 +127,7 @@ def busiest_bytes(num_sent: Tensor, row_bytes: int) -> int:
 def measure_links(ranks: Ranks) -> tuple[float, float]:
     """Seconds of an exchange of nearly nothing, and bytes/s that a rank sends to the others, of a large one."""
     each = torch.ones(ranks.size, ranks.size, dtype=torch.int64)
-    latency = seconds_together(exchange(each, 16, ranks), ranks)
+    latency = seconds_together([all_to_all(each, 16, ranks)], ranks)
     row_bytes = 2**26 if ranks.device.type == "cuda" else 2**20
-    seconds = seconds_together(exchange(each, row_bytes, ranks), ranks)
+    seconds = seconds_together([all_to_all(each, row_bytes, ranks)], ranks)
     return latency, busiest_bytes(each, row_bytes) / max(seconds - latency, 1e-9)

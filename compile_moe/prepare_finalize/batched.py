@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -105,6 +106,12 @@ class BatchedPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         if scale is not None and scale.dim() == 2:
             scale = batch_tokens(scale, *order, *sizes)[0]
         return PrepareResult(batch, scale, expert_num_tokens)
+
+    def prepare_async(self, *arguments: Any, **options: Any) -> Callable[[], PrepareResult]:
+        """``prepare``, but not before its result is asked for: another call may be finalized in between."""
+        return lambda: self.prepare(*arguments, **options)
+
+    prepare_async_counterpart = prepare
 
     def _num_local_experts(self, num_experts: int, expert_map: Tensor | None) -> int:
         given = self.num_local_experts

@@ -105,8 +105,8 @@ class BatchedAllToAllPrepareAndFinalize(GroupPrepareAndFinalize):
         self._places = self.owner_tables.places[:, 0].to(torch.int32)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what the latest call left: of a call that torch.export traced, these are tensors without memory."""
-        return {**self.__dict__, "num_dropped": None, "_way_back": None}
+        """Without what the latest call left."""
+        return {**super().__getstate__(), "num_dropped": None}
 
     def prepare_async(
         self,
@@ -176,7 +176,8 @@ class BatchedAllToAllPrepareAndFinalize(GroupPrepareAndFinalize):
                 f"got {shape(fused_expert_output)}"
             ),
         )
-        return self.combine(fused_expert_output, topk_weights, way_back, not apply_router_weight_on_input)
+        combined = self.combine(fused_expert_output, topk_weights, way_back, not apply_router_weight_on_input)
+        return self._returned(combined, fused_expert_output)
 
     reduce_counterpart = finalize
 
@@ -199,9 +200,12 @@ class BatchedAllToAllPrepareAndFinalize(GroupPrepareAndFinalize):
         as_bytes = batch.view(torch.uint8) if batch.itemsize == 1 else batch
         started = all_to_all([as_bytes, torch.cat(facts, 1)], self._num_sent, self._num_received, self.group)
 
+        dtype = batch.dtype
+
         def receive() -> PrepareResult:
             received, facts = wait(started)
-            result, rows = self._as_one_batch(received.view(batch.dtype), facts, num_scales)
+            started.clear()
+            result, rows = self._as_one_batch(received.view(dtype), facts, num_scales)
             self._way_back = WayBack(slots, rows)
             return result
 

@@ -123,6 +123,6 @@ class ExpertParallelPrepareAndFinalize(GroupPrepareAndFinalize):
             num_experts,
             not apply_router_weight_on_input,
         )
-        return self.combine(partial, way_back)
+        return self._returned(self.combine(partial, way_back), fused_expert_output)
 
     reduce_counterpart = finalize

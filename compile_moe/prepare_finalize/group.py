@@ -14,6 +14,7 @@ from compile_moe.modular_parts import FusedMoEPrepareAndFinalize, PrepareResult
 from compile_moe.ops.problem_size import require, require_int
 from compile_moe.prepare_finalize.collectives import find_group
 from compile_moe.prepare_finalize.quantized_input import in_autocast_dtype, quantized_input
+from compile_moe.prepare_finalize.without_backward import needing_gradients, without_backward
 from compile_moe.quant_config import FusedMoEQuantConfig, require_quant_config
 
 
@@ -74,6 +75,11 @@ class GroupPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         self.expert_map = placement.expert_map(self.rank_of_experts, device)
         self.owner_tables = placement.owner_tables(device)
         self._way_back: Any = None
+        self._sources: tuple[Tensor, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what the latest call left: of a call that torch.export traced, these are tensors without memory."""
+        return {**self.__dict__, "_way_back": None, "_sources": ()}
 
     def tokens_to_send(
         self,
@@ -89,6 +95,7 @@ class GroupPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         """Check what ``prepare`` got; this rank's tokens (M, K), weighted if asked, quantized if the config's scheme
         does, and their scales, (1,) or (M, G), or None. Under autocast they are cast to its dtype first.
         """
+        self._sources = needing_gradients(a1, topk_weights)
         require(
             num_experts == self.num_experts,
             lambda: (
@@ -124,6 +131,11 @@ class GroupPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         if self.quant_config is None:
             tokens = in_autocast_dtype(tokens)
         return tokens, scale
+
+    def _returned(self, result: Callable[[], Tensor], expert_output: Tensor) -> Callable[[], Tensor]:
+        """What a call gives back, also to autograd."""
+        sources, self._sources = self._sources, ()
+        return without_backward(result, (*sources, *needing_gradients(expert_output)))
 
     @abstractmethod
     def prepare_async(self, *arguments: Any, **options: Any) -> Callable[[], PrepareResult]:

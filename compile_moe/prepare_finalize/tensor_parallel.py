@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compile_moe.modular_parts import FusedMoEPrepareAndFinalize, is_method
 from compile_moe.prepare_finalize.collectives import all_reduce, find_group, wait
+from compile_moe.prepare_finalize.without_backward import needing_gradients, without_backward
 
 
 class TensorParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
@@ -16,8 +17,9 @@ class TensorParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
 
     Of I intermediate sizes, each of R ranks has I / R: the same rows of gate and of up in its w1, (E, 2I / R, K), and
     the columns of w2 that belong to them, (E, K, I / R). w1_bias is cut as w1; a w2_bias is given to one rank's experts
-    only. In finalize the ranks' results are summed, by an all-reduce of (M, K) in hidden_states' dtype: the same result
-    on each. Where ranks have tokens of their own, see ``tensor_parallel_size`` of
+    only. Scales and zero points are cut where what they belong to is; a rank quantizes its part of a token's second
+    input by itself. In finalize the ranks' results are summed, by an all-reduce of (M, K) in hidden_states' dtype: the
+    same result on each. Where ranks have tokens of their own, see ``tensor_parallel_size`` of
     :class:`AllGatherPrepareAndFinalize`.
 
     Args:
@@ -72,7 +74,9 @@ class TensorParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
     def finalize(self, output: Tensor, *arguments: Any, **options: Any) -> None:
         """The part's, of all ranks."""
         self.prepare_finalize.finalize(output, *arguments, **options)
-        output.copy_(wait(all_reduce(output, self.group))[0])
+        sources = needing_gradients(output)
+        started = all_reduce(output, self.group)
+        output.copy_(without_backward(lambda: wait(started)[0], sources)())
 
     def reduce(self, *arguments: Any, **options: Any) -> Tensor:
         """``finalize`` as a function."""
@@ -82,7 +86,7 @@ class TensorParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         """``reduce``, but for the wait until the sums are here, which the returned function does."""
         partial = self.prepare_finalize.reduce(*arguments, **options)  # type: ignore[misc]
         started = all_reduce(partial, self.group)
-        return lambda: wait(started)[0]
+        return without_backward(lambda: wait(started)[0], needing_gradients(partial))
 
     reduce_counterpart = finalize
     reduce_async_counterpart = reduce

@@ -39,17 +39,19 @@ class TokenRows(NamedTuple):
         if self.scale is not None:
             facts.append(self.scale.view(torch.int32))
         started = start([as_bytes, torch.cat(facts, 1)])
+        # Not the rows themselves, which need not outlive their sending.
+        dtype, weights_dtype, widths = tokens.dtype, self.topk_weights.dtype, [f.size(1) for f in facts]
 
         def arrived() -> TokenRows:
             moved_tokens, moved_facts = wait(started)
-            ids, weights, *scales = moved_facts.split([f.size(1) for f in facts], 1)
-            if self.topk_weights.itemsize > 4:
+            ids, weights, *scales = moved_facts.split(widths, 1)
+            if weights_dtype.itemsize > 4:
                 # Eight bytes of a row need not lie where eight bytes may.
-                weights = weights.contiguous()
+                weights = weights.clone(memory_format=torch.contiguous_format)
             return TokenRows(
-                moved_tokens.view(tokens.dtype),
+                moved_tokens.view(dtype),
                 ids,
-                weights.view(self.topk_weights.dtype),
+                weights.view(weights_dtype),
                 scales[0].view(torch.float32) if scales else None,
             )
 

@@ -77,7 +77,12 @@ BATCHED = {
     OwnExperts: poisoning(BatchedTritonExperts),
 }
 #: Tokens of each of up to four ranks.
-NUM_TOKENS: dict[str, list[int]] = {"even": [5] * 4, "uneven": [9, 0, 4, 1], "none": [0] * 4}
+NUM_TOKENS: dict[str, list[int]] = {
+    "even": [5] * 4,
+    "uneven": [9, 0, 4, 1],
+    "none": [0] * 4,
+    "one": [1, 0, 0, 0],
+}
 #: Arguments of ``make_layer``.
 LAYERS: dict[str, dict[str, Any]] = {
     "all-on-one": {"routing": "one"},
@@ -90,6 +95,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "strided": {"strided": True},
     "bfloat16": {"dtype": torch.bfloat16, "weights_dtype": torch.bfloat16},
     "float64": {"dtype": torch.float64, "weights_dtype": torch.float64},
+    "float64-topk3": {"dtype": torch.float64, "weights_dtype": torch.float64, "topk": 3},
 }
 VARIANTS = {
     "fp8_w8a8_channel": Variant("fp8_w8a8_channel"),
@@ -139,6 +145,8 @@ def cases() -> Iterator[tuple[str, Case]]:
                 yield f"{parts}-{placement}-{num_tokens}", Case(parts, placement, num_tokens)
         for name, layer in LAYERS.items():
             yield f"{parts}-{name}", Case(parts, "replicated", tokens, layer)
+        if tokens == "uneven":
+            yield f"{parts}-float64-topk3-one", Case(parts, "linear", "one", LAYERS["float64-topk3"])
         for variant in VARIANTS:
             for experts in (TritonExperts, TorchExperts):
                 yield (
