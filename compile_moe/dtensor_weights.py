@@ -43,8 +43,8 @@ def local_experts(name: str, weight: Any, parts: object = None) -> Any:
     if not isinstance(parts, GroupPrepareAndFinalize):
         if not all(p.is_replicate() for p in weight.placements):
             raise ValueError(
-                f"{_described(name, weight)}, but this layer sends no tokens to other ranks: weights must be plain "
-                "tensors or replicated DTensors. Give a FusedMoEModularKernel with AllToAllPrepareAndFinalize or "
+                f"{_described(name, weight)}, but nothing here says on which ranks its experts are: weights must be "
+                "plain tensors or replicated DTensors. Give a FusedMoEModularKernel with AllToAllPrepareAndFinalize or "
                 f"AllGatherPrepareAndFinalize the sharded weights; pass {name}.to_local() where topk_ids (or "
                 f"expert_map) name this rank's experts only, or {name}.full_tensor() to gather them"
             )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compile_moe.activations import ActivationLike, call_activation, resolve_activation
 from compile_moe.ops import act_and_mul
-from compile_moe.ops.problem_size import shape
+from compile_moe.ops.problem_size import require, shape
 
 
 class PrepareResult(NamedTuple):
@@ -177,6 +177,19 @@ class FusedMoEPermuteExpertsUnpermute(ABC):
             (M, topk, K), unweighted and unreduced; finite zeros in slots that nobody computes. In the batched format
             (E, max_num_tokens, K), where rows without a token may be left unwritten.
         """
+
+
+def write_result(output: Tensor, result: Tensor) -> None:
+    """What a ``finalize`` does with what its ``reduce`` gives.
+
+    Raises:
+        ValueError: an output of another shape.
+    """
+    require(
+        output.shape == result.shape,
+        lambda: f"output must be (M, K) = {shape(result)}, got {shape(output)}",
+    )
+    output.copy_(result)
 
 
 def is_method(method: Callable[..., Any], function: Callable[..., Any] | None) -> bool:

@@ -184,7 +184,7 @@ def _gradients(rank: int, seed: int) -> None:
 
 
 def _memory(rank: int, seed: int) -> None:
-    """While experts run, nothing is left of what was sent or came, but the tokens that they get."""
+    """While experts run, nothing is left of what was sent, but the layer's own tokens."""
     alive = []
 
     class Watched(TritonExperts):

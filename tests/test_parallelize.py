@@ -25,7 +25,7 @@ def test_two_ranks(seeded: int, tmp_path: Path) -> None:
     integration.register()
     save_models(tmp_path)
     has_accelerate = importlib.util.find_spec("accelerate") is not None
-    spawn(_two_ranks, 2, tmp_path, tmp_path, seeded, has_accelerate, imports_once=True)
+    spawn(_two_ranks, 2, tmp_path, tmp_path, seeded, has_accelerate)
     if not has_accelerate:
         pytest.skip("transformers shards models only with accelerate installed; all else ran")
 

@@ -41,14 +41,12 @@ from compile_moe.cli.rank_timing import (
 )
 from compile_moe.cli.refusal import Refusal, write_whole, writing
 from compile_moe.cli.routing import draw_ids, log_popularities
-from compile_moe.cli.simulate import named_experts
+from compile_moe.cli.simulate import SLOT_BYTES, named_experts
 from compile_moe.cli.simulate_cost import Kernels, Links, kernels_of_points, layer_work, simulate_layer
 from compile_moe.cli.timing import measure_ceilings
 from compile_moe.cli.tune_inputs import ACTIVATIONS, Experts, make_weights
 
 DISPATCHES = ("all_to_all", "all_gather", "batched")
-#: What a token's expert id (int32) and weight (float32) take.
-_SLOT_BYTES = 8
 #: Inputs of each number of tokens, with other routing.
 _BATCHES = 4
 
@@ -234,7 +232,7 @@ class _RanksBench:
         there = seconds_together([prepare] * _BATCHES, self.ranks, graph)
         both = seconds_together([there_and_back] * _BATCHES, self.ranks, graph)
         row_bytes = x.size(1) * x.element_size()
-        sent_bytes = row_bytes + (0 if dispatch == "batched" else self.experts.topk * _SLOT_BYTES)
+        sent_bytes = row_bytes + (0 if dispatch == "batched" else self.experts.topk * SLOT_BYTES)
         if dispatch == "all_gather":
             raw = all_gather(tokens, sent_bytes, self.ranks), reduce_scatter(tokens, x, self.ranks)
         else:

@@ -20,7 +20,7 @@ from compile_moe.cli.tune_inputs import Experts, experts_of_model, experts_of_si
 #: Bytes of an element.
 DTYPES = {"bfloat16": 2.0, "float8": 1.0}
 #: What a token's expert id (int32) and weight (float32) take.
-_SLOT_BYTES = 8
+SLOT_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def simulate(options: SimulateOptions, experts: Experts, kernels: Kernels) -> li
     hidden_size = experts.shape.hidden_size
     # float8 has a float32 scale for 128 columns, as in DeepSeek's checkpoints.
     scales = 4 * -(-hidden_size // 128) if options.dispatch == "float8" else 0
-    dispatched = hidden_size * DTYPES[options.dispatch] + scales + experts.topk * _SLOT_BYTES
+    dispatched = hidden_size * DTYPES[options.dispatch] + scales + experts.topk * SLOT_BYTES
     return [
         simulate_layer(
             experts,

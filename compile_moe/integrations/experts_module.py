@@ -109,12 +109,12 @@ def run_experts(
             *given, activation=activation, quant_config=config, w1_bias=w1_bias, w2_bias=w2_bias
         )
     else:
-        if parts is not None and parts.reduces_batches:
-            experts: Any = BatchedTritonExperts(parts.max_num_tokens, w1_bias, w2_bias, config)
+        if has_norm:
+            experts: Any = _NormedExperts(module.post_expert_norm, w1_bias, w2_bias, config)
+        elif parts.reduces_batches:
+            experts = BatchedTritonExperts(parts.max_num_tokens, w1_bias, w2_bias, config)
         else:
             experts = TritonExperts(w1_bias, w2_bias, config)
-        if has_norm:
-            experts = _NormedExperts(module.post_expert_norm, w1_bias, w2_bias, config)
         expert_map = None if parts is None else parts.expert_map
         if expert_map is not None and expert_map.device != hidden_states.device:
             raise ValueError(

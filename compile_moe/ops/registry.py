@@ -177,9 +177,10 @@ def define_composite(
     return op
 
 
-def _no_backward_message(name: str) -> str:
+def no_backward_message(what: str) -> str:
+    """Of an error: ``what`` has none."""
     return (
-        f"{NAMESPACE}::{name} has no backward formula: this version runs the forward only. "
+        f"{what} has no backward formula: this version runs the forward only. "
         "Call the layer under torch.no_grad() or torch.inference_mode()"
     )
 
@@ -201,7 +202,7 @@ def _autograd(op: torch._ops.OpOverload, name: str) -> Callable[..., Any]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            raise NotImplementedError(_no_backward_message(name))
+            raise NotImplementedError(no_backward_message(f"{NAMESPACE}::{name}"))
 
     # No argument of these schemas is keyword-only: all arrive by position, however they were given.
     def autograd(*args: Any) -> Any:
@@ -210,7 +211,7 @@ def _autograd(op: torch._ops.OpOverload, name: str) -> Callable[..., Any]:
         # torch.func's transforms take no function of autograd from inside an op, so these raise before they run.
         is_transformed = torch._C._functorch.peek_interpreter_stack() is not None
         if _have_tangents(tensors) or (needs_gradient and is_transformed):
-            raise NotImplementedError(_no_backward_message(name))
+            raise NotImplementedError(no_backward_message(f"{NAMESPACE}::{name}"))
         if needs_gradient:
             return WithoutBackward.apply(*args)
         run = implementation(op, *tensors)
@@ -230,7 +231,7 @@ def _have_tangents(tensors: Iterable[Tensor | None]) -> bool:
 def _refuse_grad(name: str, values: tuple[Any, ...]) -> None:
     """Tensors that a caller hands in to be written to can't carry a graph, as with torch's own ``out=``."""
     if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values):
-        raise RuntimeError(_no_backward_message(name))
+        raise RuntimeError(no_backward_message(f"{NAMESPACE}::{name}"))
 
 
 def _autocast(op: torch._ops.OpOverload, device_type: str) -> Callable[..., Any]:

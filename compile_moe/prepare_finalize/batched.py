@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from compile_moe.modular_parts import FusedMoEPrepareAndFinalize, PrepareResult
+from compile_moe.modular_parts import FusedMoEPrepareAndFinalize, PrepareResult, write_result
 from compile_moe.ops.batch_tokens import batch_tokens
-from compile_moe.ops.problem_size import check_batch_size, require, require_int, shape
+from compile_moe.ops.problem_size import check_batch_size, require, require_int
 from compile_moe.ops.reduce_batch import reduce_batch
 from compile_moe.ops.sort_tokens import sort_tokens
 from compile_moe.prepare_finalize.quantized_input import in_autocast_dtype, quantized_input
@@ -147,11 +147,7 @@ class BatchedPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         result = self.reduce(
             fused_expert_output, topk_weights, topk_ids, None, -1, apply_router_weight_on_input
         )
-        require(
-            output.shape == result.shape,
-            lambda: f"output must be (M, K) = {shape(result)}, got {shape(output)}",
-        )
-        output.copy_(result)
+        write_result(output, result)
 
     def reduce(
         self,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compile_moe.expert_placement import ExpertPlacement
-from compile_moe.modular_parts import PrepareResult
+from compile_moe.modular_parts import PrepareResult, write_result
 from compile_moe.ops.batch_tokens import batch_tokens
 from compile_moe.ops.problem_size import require, require_int, shape
 from compile_moe.ops.reduce_batch import reduce_batch
@@ -48,8 +48,8 @@ class BatchedAllToAllPrepareAndFinalize(GroupPrepareAndFinalize):
     To a rank with E' experts a rank sends E' * P rows of K elements in the tokens' dtype (quantized where the scheme
     quantizes tokens) and E' * 4 * (1 + P * G) bytes (counts, scales; a scale for all tokens goes once an expert), and
     gets E' * P rows of K elements in the results' dtype. These sizes follow from the placement, which the host knows:
-    it never waits, no shape depends on the routing, a compiled graph has no unbacked sizes, and a CUDA graph replays
-    under any routing. A token with two experts on a rank is sent twice. This suits small batches of decoding;
+    it never waits, no shape depends on the routing, and a compiled graph has no unbacked sizes: what a CUDA graph
+    needs. A token with two experts on a rank is sent twice. This suits small batches of decoding;
     :class:`AllToAllPrepareAndFinalize` sends only what there is.
 
     The experts are BatchedTritonExperts or BatchedTorchExperts of :attr:`max_num_tokens` tokens.
@@ -108,36 +108,6 @@ class BatchedAllToAllPrepareAndFinalize(GroupPrepareAndFinalize):
         """Without what the latest call left."""
         return {**super().__getstate__(), "num_dropped": None}
 
-    def prepare_async(
-        self,
-        a1: Tensor,
-        a1_scale: Tensor | None,
-        a2_scale: Tensor | None,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        num_experts: int,
-        expert_map: Tensor | None,
-        apply_router_weight_on_input: bool,
-    ) -> Callable[[], PrepareResult]:
-        """Start to exchange this rank's slots for those of its experts.
-
-        Returns:
-            A function that waits for hidden_states (E, R * P, K), of which only rows with tokens hold anything; scales
-            (E, R * P, G), or None; expert_num_tokens (E,) int32.
-        """
-        self._way_back = None  # of a call that failed
-        tokens, scale = self.tokens_to_send(
-            a1,
-            a1_scale,
-            a2_scale,
-            topk_weights,
-            topk_ids,
-            num_experts,
-            expert_map,
-            apply_router_weight_on_input,
-        )
-        return self.dispatch(tokens, scale, topk_ids)
-
     def finalize(
         self,
         output: Tensor,
@@ -150,11 +120,7 @@ class BatchedAllToAllPrepareAndFinalize(GroupPrepareAndFinalize):
         result = self.reduce(
             fused_expert_output, topk_weights, topk_ids, None, -1, apply_router_weight_on_input
         )
-        require(
-            output.shape == result.shape,
-            lambda: f"output must be (M, K) = {shape(result)}, got {shape(output)}",
-        )
-        output.copy_(result)
+        write_result(output, result)
 
     def reduce_async(
         self,
@@ -181,8 +147,15 @@ class BatchedAllToAllPrepareAndFinalize(GroupPrepareAndFinalize):
 
     reduce_counterpart = finalize
 
-    def dispatch(self, tokens: Tensor, scale: Tensor | None, topk_ids: Tensor) -> Callable[[], PrepareResult]:
-        """Start to exchange slots; the function returned waits for those of this rank's experts."""
+    def send(
+        self, tokens: Tensor, scale: Tensor | None, topk_weights: Tensor, topk_ids: Tensor
+    ) -> Callable[[], PrepareResult]:
+        """Start to exchange slots.
+
+        Returns:
+            A function that waits for those of this rank's experts: hidden_states (E, R * P, K), of which only rows with
+            tokens hold anything; scales (E, R * P, G), or None; expert_num_tokens (E,) int32.
+        """
         order = self._sorted_by_place(topk_ids)
         sizes = topk_ids.size(1), self.max_tokens_per_rank
         batch, slots, num_tokens, num_dropped = batch_tokens(tokens, *order, *sizes)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compile_moe.modular_parts import PrepareResult
+from compile_moe.modular_parts import PrepareResult, write_result
 from compile_moe.ops.problem_size import require, shape
 from compile_moe.ops.weight_and_reduce import weight_and_reduce
 from compile_moe.prepare_finalize.group import GroupPrepareAndFinalize
@@ -37,35 +37,16 @@ class ExpertParallelPrepareAndFinalize(GroupPrepareAndFinalize):
             A function that waits for those of this rank's tokens: (M, K), the sums over all ranks.
         """
 
-    def prepare_async(
-        self,
-        a1: Tensor,
-        a1_scale: Tensor | None,
-        a2_scale: Tensor | None,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        num_experts: int,
-        expert_map: Tensor | None,
-        apply_router_weight_on_input: bool,
+    def send(
+        self, tokens: Tensor, scale: Tensor | None, topk_weights: Tensor, topk_ids: Tensor
     ) -> Callable[[], PrepareResult]:
-        """Send :meth:`tokens_to_send` to their experts.
+        """:meth:`dispatch` of the tokens.
 
         Returns:
             A function that waits for the tokens that this rank computes, (n, K); their scales, (n, G), or None; and
             their topk_ids (n, topk) int32, global, -1 for other ranks' slots, and topk_weights (n, topk) float32
             (float64 for float64).
         """
-        self._way_back = None  # of a call that failed
-        tokens, scale = self.tokens_to_send(
-            a1,
-            a1_scale,
-            a2_scale,
-            topk_weights,
-            topk_ids,
-            num_experts,
-            expert_map,
-            apply_router_weight_on_input,
-        )
         rows = token_rows(tokens, scale, topk_ids, topk_weights, self.num_experts)
         arrived, way_back = self.dispatch(rows)
 
@@ -88,8 +69,11 @@ class ExpertParallelPrepareAndFinalize(GroupPrepareAndFinalize):
     ) -> None:
         """Weight and sum the dispatched rows' (n, topk, K), bring the sums back, and write them into output (M, K)."""
         dispatched_weights, _ = self._remembered()
-        output.copy_(
-            self.reduce(fused_expert_output, dispatched_weights, None, None, -1, apply_router_weight_on_input)
+        write_result(
+            output,
+            self.reduce(
+                fused_expert_output, dispatched_weights, None, None, -1, apply_router_weight_on_input
+            ),
         )
 
     def reduce_async(

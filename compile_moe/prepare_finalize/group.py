@@ -81,7 +81,17 @@ class GroupPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         """Without what the latest call left: of a call that torch.export traced, these are tensors without memory."""
         return {**self.__dict__, "_way_back": None, "_sources": ()}
 
-    def tokens_to_send(
+    @abstractmethod
+    def send(
+        self, tokens: Tensor, scale: Tensor | None, topk_weights: Tensor, topk_ids: Tensor
+    ) -> Callable[[], PrepareResult]:
+        """Start to exchange this rank's tokens (M, K), with scales (1,) or (M, G) or None, for those of its experts.
+
+        Returns:
+            A function that waits for them, and remembers how results find back.
+        """
+
+    def prepare_async(
         self,
         a1: Tensor,
         a1_scale: Tensor | None,
@@ -91,10 +101,9 @@ class GroupPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         num_experts: int,
         expert_map: Tensor | None,
         apply_router_weight_on_input: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Check what ``prepare`` got; this rank's tokens (M, K), weighted if asked, quantized if the config's scheme
-        does, and their scales, (1,) or (M, G), or None. Under autocast they are cast to its dtype first.
-        """
+    ) -> Callable[[], PrepareResult]:
+        """``prepare``, but for the wait until tokens are here, which the returned function does."""
+        self._way_back = None  # of a call that failed
         self._sources = needing_gradients(a1, topk_weights)
         require(
             num_experts == self.num_experts,
@@ -130,7 +139,7 @@ class GroupPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         )
         if self.quant_config is None:
             tokens = in_autocast_dtype(tokens)
-        return tokens, scale
+        return self.send(tokens, scale, topk_weights, topk_ids)
 
     def _returned(self, result: Callable[[], Tensor], expert_output: Tensor) -> Callable[[], Tensor]:
         """What a call gives back, also to autograd."""
@@ -138,15 +147,15 @@ class GroupPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         return without_backward(result, (*sources, *needing_gradients(expert_output)))
 
     @abstractmethod
-    def prepare_async(self, *arguments: Any, **options: Any) -> Callable[[], PrepareResult]:
-        """``prepare``, but for the wait until tokens are here, which the returned function does."""
-
-    @abstractmethod
     def reduce_async(self, *arguments: Any, **options: Any) -> Callable[[], Tensor]:
         """``reduce``, but for the wait until results are here, which the returned function does."""
 
     def prepare(self, *arguments: Any, **options: Any) -> PrepareResult:
-        """Exchange this rank's tokens for those of its experts: :meth:`prepare_async`, and the wait."""
+        """Exchange this rank's tokens for those of its experts.
+
+        They are weighted if asked, quantized if the config's scheme does, and sent as :meth:`send` says. Under autocast
+        they are cast to its dtype first.
+        """
         return self.prepare_async(*arguments, **options)()
 
     def reduce(self, *arguments: Any, **options: Any) -> Tensor:

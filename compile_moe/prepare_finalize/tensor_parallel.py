@@ -20,7 +20,7 @@ class TensorParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
     only. Scales and zero points are cut where what they belong to is; a rank quantizes its part of a token's second
     input by itself. In finalize the ranks' results are summed, by an all-reduce of (M, K) in hidden_states' dtype: the
     same result on each. Where ranks have tokens of their own, see ``tensor_parallel_size`` of
-    :class:`AllGatherPrepareAndFinalize`.
+    :class:`AllGatherPrepareAndFinalize` and :class:`AllToAllPrepareAndFinalize`.
 
     Args:
         prepare_finalize: one of this library's parts; among ranks with different experts, one whose group has the ranks

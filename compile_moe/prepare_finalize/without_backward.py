@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compile_moe.ops.registry import no_backward_message
+
 
 class _WithoutBackward(torch.autograd.Function):
     @staticmethod
@@ -16,10 +18,7 @@ class _WithoutBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotImplementedError(
-            "a layer over several ranks has no backward formula: this version runs the forward only. Call the layer "
-            "under torch.no_grad() or torch.inference_mode()"
-        )
+        raise NotImplementedError(no_backward_message("a layer over several ranks"))
 
 
 def needing_gradients(*tensors: Tensor | None) -> tuple[Tensor, ...]:

@@ -18,21 +18,18 @@ import torch.multiprocessing as mp
 TIMEOUT = 120.0
 
 
-def spawn(
-    function: Callable[..., None], num_ranks: int, folder: Path, *args: Any, imports_once: bool = False
-) -> None:
+def spawn(function: Callable[..., None], num_ranks: int, folder: Path, *args: Any) -> None:
     """Run ``function(rank, num_ranks, *args)`` in as many processes of a gloo group; what a rank raises, is raised.
 
-    With ``imports_once`` they are forks of one process that has imported what the function's module imports, and
-    dynamo: for modules that take seconds.
+    They are forks of one process that has imported what the first such function's module imports, and dynamo: that
+    takes seconds.
     """
-    if imports_once:
-        multiprocessing.set_forkserver_preload([function.__module__, "torch._dynamo"])
+    multiprocessing.set_forkserver_preload([function.__module__, "torch._dynamo"])
     mp.start_processes(
         _rank,
         (num_ranks, str(folder / f"rendezvous-{secrets.token_hex(4)}"), function, args),
         nprocs=num_ranks,
-        start_method="forkserver" if imports_once else "spawn",
+        start_method="forkserver",
     )
 
 

@@ -23,7 +23,7 @@ from compile_moe import (
     TensorParallelPrepareAndFinalize,
     TritonExperts,
 )
-from tests.support.expert_parallel import LAYERS, E, OwnExperts, Shard
+from tests.support.expert_parallel import LAYERS, E, OwnExperts, Shard, own_finalize
 from tests.support.oracle import make_layer
 
 #: Ranks with the same experts.
@@ -32,13 +32,7 @@ SHARES = 2
 ROOM = 45
 
 
-class OwnFinalize(TensorParallelPrepareAndFinalize):
-    """A finalize of the user's own around ours, as the published interface calls it."""
-
-    def finalize(self, output: Tensor, *arguments: Any, **options: Any) -> None:
-        result = torch.zeros_like(output)
-        super().finalize(result, *arguments, **options)
-        output.copy_(result)
+OwnFinalize = own_finalize(TensorParallelPrepareAndFinalize)
 
 
 @functools.cache
