@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,12 @@ from compile_moe.ops.problem_size import (
 )
 
 
-class Arguments(NamedTuple):
-    """What :meth:`compile_moe.FusedMoEModularKernel.forward` takes."""
+@dataclass
+class Arguments:
+    """What :meth:`compile_moe.FusedMoEModularKernel.forward` takes.
+
+    Not a tuple: on those made in code that it traces, dynamo of torch 2.11 hides an error behind one of its own.
+    """
 
     hidden_states: Tensor
     w1: Tensor
@@ -69,7 +74,7 @@ class ModularCall:
             topk_ids=a.topk_ids,
         )
         require_optional_tensors(expert_map=a.expert_map)
-        w1, w2, w1_scale, w2_scale, w1_zp, w2_zp = local_tensors(
+        a.w1, a.w2, a.w1_scale, a.w2_scale, a.w1_zp, a.w2_zp = local_tensors(
             parts,
             ("w1", a.w1),
             ("w2", a.w2),
@@ -78,7 +83,6 @@ class ModularCall:
             ("w1_zp", a.w1_zp),
             ("w2_zp", a.w2_zp),
         )
-        a = a._replace(w1=w1, w2=w2, w1_scale=w1_scale, w2_scale=w2_scale, w1_zp=w1_zp, w2_zp=w2_zp)
         # No more than what holds for every format of weights: the experts check theirs.
         check_call(
             a.hidden_states,

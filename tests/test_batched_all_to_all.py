@@ -194,32 +194,38 @@ def test_what_all_parts_over_a_group_check(fake_group: None) -> None:
 def test_captured_in_a_cuda_graph(tmp_path: Path) -> None:
     """Over NCCL, on one rank: nothing synchronizes, and replays under other routings have each its own count."""
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    graph = torch.cuda.CUDAGraph()
     try:
-        parts = BatchedAllToAllPrepareAndFinalize(ExpertPlacement.linear(5, 1), 4)
-        kernel = FusedMoEModularKernel(parts, BatchedTritonExperts(4))
-        layers = [make_layer(M=20, routing=routing, device="cuda") for routing in ("random", "one", "empty")]
-        static = [t.clone() for t in layers[0].args]
-
-        def call() -> Tensor:
-            return kernel(*static, expert_map=parts.expert_map)
-
-        call()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        call()
-        torch.cuda.set_sync_debug_mode("default")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = call()
-        num_dropped = parts.num_dropped
-        assert num_dropped is not None
-        for layer in layers:
-            for t, given in zip(static, layer.args, strict=True):
-                t.copy_(given)
-            graph.replay()
-            remaining = kept(layer, 4)
-            assert_as_accurate(result, remaining.layer)
-            assert num_dropped.tolist() == remaining.num_dropped
+        _captured_and_replayed(graph)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+        # NCCL waits for the graphs that hold its collectives.
+        graph.reset()
         dist.destroy_process_group()
+
+
+def _captured_and_replayed(graph: torch.cuda.CUDAGraph) -> None:
+    parts = BatchedAllToAllPrepareAndFinalize(ExpertPlacement.linear(5, 1), 4)
+    kernel = FusedMoEModularKernel(parts, BatchedTritonExperts(4))
+    layers = [make_layer(M=20, routing=routing, device="cuda") for routing in ("random", "one", "empty")]
+    static = [t.clone() for t in layers[0].args]
+
+    def call() -> Tensor:
+        return kernel(*static, expert_map=parts.expert_map)
+
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    call()
+    torch.cuda.set_sync_debug_mode("default")
+    with torch.cuda.graph(graph):
+        result = call()
+    num_dropped = parts.num_dropped
+    assert num_dropped is not None
+    for layer in layers:
+        for t, given in zip(static, layer.args, strict=True):
+            t.copy_(given)
+        graph.replay()
+        remaining = kept(layer, 4)
+        assert_as_accurate(result, remaining.layer)
+        assert num_dropped.tolist() == remaining.num_dropped

@@ -215,7 +215,8 @@ def _compiled_tensor_parallel(rank: int, seed: int) -> None:
     torch.compiler.reset()
     torch.manual_seed(seed)
     shard = make_tensor_shard("all_to_all", rank, 2)
-    compiled = torch.compile(shard.kernel, fullgraph=True, backend="aot_eager")
+    # Through inductor, also where a rank has no tokens.
+    compiled = torch.compile(shard.kernel, fullgraph=True)
     shard.check(compiled(*shard.args, **shard.options))
 
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from compile_moe import (
     ExpertPlacement,
     FusedMoEModularKernel,
     MoEPrepareAndFinalizeNoEP,
+    PrepareResult,
     TritonExperts,
 )
 from compile_moe.cli.bench_ranks_results import RanksMeasurement, RanksResults, as_json, table
@@ -63,6 +64,7 @@ class BenchRanksOptions:
     skew: float = 0.0
     json: Path | None = None
     seed: int = 0
+    compiled: bool = True
 
 
 def run_bench_ranks(options: BenchRanksOptions) -> None:
@@ -83,7 +85,9 @@ def run_bench_ranks(options: BenchRanksOptions) -> None:
     if options.json is not None:  # refused before the work is done
         with writing("--json", options.json):
             options.json.open("a").close()
-    with joined("bench-ranks") as ranks, torch.no_grad():
+    # A compilation for each exchange and, where batches have other capacities, number of tokens.
+    limit = torch._dynamo.config.patch(recompile_limit=1000)
+    with joined("bench-ranks") as ranks, torch.no_grad(), limit:
         if experts.shape.num_experts % ranks.size:
             raise Refusal(f"the ranks, {ranks.size}, must divide the {experts.shape.num_experts} experts")
         results = measure_ranks(name, experts, options, ranks)
@@ -114,8 +118,24 @@ def measure_ranks(name: str, experts: Experts, options: BenchRanksOptions, ranks
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
     backend = str(dist.get_backend())
     return RanksResults(
-        device, ranks.size, backend, name, str(dtype).removeprefix("torch."), latency, bandwidth, measurements
+        device,
+        ranks.size,
+        backend,
+        name,
+        str(dtype).removeprefix("torch."),
+        latency,
+        bandwidth,
+        options.compiled,
+        measurements,
     )
+
+
+class _Layer(NamedTuple):
+    """Functions of tokens, weights and ids: the whole, what prepare does, and that with finalize of some results."""
+
+    whole: Callable[..., Tensor]
+    there: Callable[..., PrepareResult]
+    there_and_back: Callable[..., Tensor]
 
 
 class _RanksBench:
@@ -130,6 +150,55 @@ class _RanksBench:
         local = self.placement.local_experts[ranks.rank]
         self.own = slice(local[0], local[-1] + 1)
         self.activation = ACTIVATIONS[experts.layout]
+        self.whole = self.compiled(self._whole_layer())
+        # One for all numbers of tokens, where they can have it.
+        self.layer_of = functools.cache(self._layer)
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, fullgraph=True) if self.options.compiled else function
+
+    def _whole_layer(self) -> Callable[..., Tensor]:
+        kernel = FusedMoEModularKernel(MoEPrepareAndFinalizeNoEP(), TritonExperts(self.w1_bias, self.w2_bias))
+
+        def layer(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+            return kernel(x, self.w1, self.w2, weights, ids, activation=self.activation)
+
+        return layer
+
+    def _layer(self, dispatch: str, capacity: int) -> _Layer:
+        """capacity: of batches, for each rank's slots of an expert."""
+        parts: Any
+        experts: Any = TritonExperts
+        device, num_experts = self.ranks.device, self.placement.num_experts
+        if dispatch == "all_gather":
+            parts = AllGatherPrepareAndFinalize(self.placement, device=device, num_tokens="equal")
+        elif dispatch == "all_to_all":
+            parts = AllToAllPrepareAndFinalize(self.placement, device=device)
+        else:
+            parts = BatchedAllToAllPrepareAndFinalize(self.placement, capacity, device=device)
+            experts = functools.partial(BatchedTritonExperts, parts.max_num_tokens)
+        topk = self.experts.topk
+        num_local = self.own.stop - self.own.start
+        w1, w2 = self.w1[self.own], self.w2[self.own]  # type: ignore[index]
+        w1_bias, w2_bias = (b if b is None else b[self.own] for b in (self.w1_bias, self.w2_bias))
+        kernel = FusedMoEModularKernel(parts, experts(w1_bias, w2_bias))
+        options: dict[str, Any] = {"activation": self.activation, "expert_map": parts.expert_map}
+
+        def layer(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+            return kernel(x, w1, w2, weights, ids, **options)
+
+        def there(x: Tensor, weights: Tensor, ids: Tensor) -> PrepareResult:
+            return parts.prepare(x, None, None, weights, ids, num_experts, parts.expert_map, False)
+
+        def there_and_back(x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+            rows = there(x, weights, ids)
+            routing = (weights, ids) if dispatch == "batched" else (rows.topk_weights, rows.topk_ids)
+            second = rows.hidden_states.size(1) if dispatch == "batched" else topk
+            # Of any value.
+            results = x.new_empty(rows.hidden_states.size(0), second, x.size(1))
+            return parts.reduce(results, *routing, parts.expert_map, num_local, False)
+
+        return _Layer(self.compiled(layer), self.compiled(there), self.compiled(there_and_back))
 
     def tokens(self, tokens: int, rank: int | None = None, batch: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """hidden_states, topk_weights and topk_ids of a rank, in one of several batches."""
@@ -142,15 +211,15 @@ class _RanksBench:
         x = torch.randn(tokens, hidden_size, generator=generator)
         weights = torch.rand(tokens, self.experts.topk, generator=generator).softmax(-1)
         device = self.ranks.device
-        return x.to(device, self.w1.dtype), weights.to(device), ids.to(device)  # type: ignore[union-attr]
+        made = x.to(device, self.w1.dtype), weights.to(device), ids.to(device)  # type: ignore[union-attr]
+        for t in made:
+            if tokens > 1:
+                torch._dynamo.mark_dynamic(t, 0)
+        return made
 
     def alone(self, tokens: int) -> list[Callable[[], Tensor]]:
         """Layers that have all experts, on several batches, so that no cache holds the weights."""
-        kernel = FusedMoEModularKernel(MoEPrepareAndFinalizeNoEP(), TritonExperts(self.w1_bias, self.w2_bias))
-        return [
-            functools.partial(kernel, x, self.w1, self.w2, weights, ids, activation=self.activation)
-            for x, weights, ids in (self.tokens(tokens, batch=i) for i in range(_BATCHES))
-        ]
+        return [functools.partial(self.whole, *self.tokens(tokens, batch=i)) for i in range(_BATCHES)]
 
     def kernels(self, numbers: Iterable[int], dtype: torch.dtype) -> Kernels:
         """Their times as ``compile-moe simulate`` wants them, by this rank's routing and ceilings."""
@@ -181,56 +250,35 @@ class _RanksBench:
         return max(int(torch.bincount(each).max()) for each in ids)
 
     def measure(self, dispatch: str, tokens: int, kernels: Kernels, links: Links) -> RanksMeasurement:
-        is_static = dispatch != "all_to_all"
         device, size = self.ranks.device, self.ranks.size
-        parts: Any
-        experts: Any = TritonExperts
+        capacity = self.most_slots(tokens) if dispatch == "batched" else 0
         if dispatch == "all_gather":
-            parts = AllGatherPrepareAndFinalize(self.placement, device=device, num_tokens="equal")
             num_sent = torch.full((size, size), tokens)
         elif dispatch == "all_to_all":
-            parts = AllToAllPrepareAndFinalize(self.placement, device=device)
             num_sent = self.rows(tokens)
         else:
-            capacity = self.most_slots(tokens)
-            parts = BatchedAllToAllPrepareAndFinalize(self.placement, capacity, device=device)
-            experts = functools.partial(BatchedTritonExperts, parts.max_num_tokens)
             num_sent = torch.full((size, size), capacity * (self.own.stop - self.own.start))
-        w1, w2 = self.w1[self.own], self.w2[self.own]  # type: ignore[index]
-        w1_bias, w2_bias = (b if b is None else b[self.own] for b in (self.w1_bias, self.w2_bias))
-        kernel = FusedMoEModularKernel(parts, experts(w1_bias, w2_bias))
-        options: dict[str, Any] = {"activation": self.activation, "expert_map": parts.expert_map}
+        layer, there, there_and_back = self.layer_of(dispatch, capacity)
         batches = [self.tokens(tokens, batch=i) for i in range(_BATCHES)]
-        layers = [functools.partial(kernel, x, w1, w2, *routing, **options) for x, *routing in batches]
+        layers = [functools.partial(layer, *batch) for batch in batches]
         alone = self.alone(tokens)
         errors = []
-        for layer, whole in zip(layers, alone, strict=True):
+        for call, whole in zip(layers, alone, strict=True):
             expected = whole().float()
-            errors.append(((layer().float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+            errors.append(((call().float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
         # Of all ranks, so that all of them go on, or none.
         (error,) = slowest([float(torch.stack(errors).max())], self.ranks)
-        x, weights, ids = batches[0]
+        x = batches[0][0]
         if not error <= MOST_ERROR[x.dtype]:
             raise RuntimeError(f"{dispatch}, {tokens} tokens: wrong result, by {error:.1e}")
-        num_experts = self.placement.num_experts
+        prepare = functools.partial(there, *batches[0])
+        both_ways = functools.partial(there_and_back, *batches[0])
 
-        def prepare() -> Any:
-            return parts.prepare(x, None, None, weights, ids, num_experts, parts.expert_map, False)
-
-        rows = prepare()
-        of_tokens = rows.hidden_states.shape[:2] if dispatch == "batched" else rows.topk_ids.shape
-        results = torch.zeros(*of_tokens, x.size(1), dtype=x.dtype, device=device)
-
-        def there_and_back() -> Tensor:
-            rows = prepare()
-            routing = (weights, ids) if dispatch == "batched" else (rows.topk_weights, rows.topk_ids)
-            return parts.reduce(results, *routing, parts.expert_map, len(w1), False)
-
-        graph = is_static and device.type == "cuda"
+        graph = dispatch != "all_to_all" and device.type == "cuda"
         eager = seconds_together(layers, self.ranks)
         replayed = seconds_together(layers, self.ranks, True) if graph else None
-        there = seconds_together([prepare] * _BATCHES, self.ranks, graph)
-        both = seconds_together([there_and_back] * _BATCHES, self.ranks, graph)
+        dispatched = seconds_together([prepare] * _BATCHES, self.ranks, graph)
+        both = seconds_together([both_ways] * _BATCHES, self.ranks, graph)
         row_bytes = x.size(1) * x.element_size()
         sent_bytes = row_bytes + (0 if dispatch == "batched" else self.experts.topk * SLOT_BYTES)
         if dispatch == "all_gather":
@@ -251,8 +299,8 @@ class _RanksBench:
             seconds_together(alone, self.ranks, graph),
             eager,
             replayed,
-            there,
-            max(both - there, 0.0),
+            dispatched,
+            max(both - dispatched, 0.0),
             raw_there,
             raw_back,
             busiest_bytes(num_sent, sent_bytes),

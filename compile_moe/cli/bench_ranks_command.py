@@ -40,6 +40,9 @@ def bench_ranks_command(
     ] = BenchRanksOptions.skew,
     json: Annotated[Path | None, typer.Option(help="File for all numbers.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, tokens and routing.")] = BenchRanksOptions.seed,
+    compile: Annotated[
+        bool, typer.Option(help="Time what torch.compile makes of the layers and exchanges.")
+    ] = BenchRanksOptions.compiled,
 ) -> None:
     """Time a MoE layer whose experts lie on several ranks, its exchanges, and the backend's own of the same bytes.
 
@@ -60,5 +63,6 @@ def bench_ranks_command(
                 skew,
                 json,
                 seed,
+                compile,
             )
         )

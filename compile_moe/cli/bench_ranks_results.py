@@ -50,6 +50,7 @@ class RanksResults(NamedTuple):
     dtype: str
     latency: float
     bandwidth: float
+    compiled: bool
     measurements: list[RanksMeasurement]
 
 
@@ -64,7 +65,8 @@ def table(results: RanksResults) -> Table:
             f"{results.device}, torch {torch.__version__}"
         ),
         caption=Text(
-            "µs of the slowest rank. alone: all experts on each rank. batched: with room for the most slots that a "
+            f"µs of the slowest rank, {'compiled' if results.compiled else 'not compiled'}. alone: all experts on "
+            "each rank. batched: with room for the most slots that a "
             "rank has for an expert. dispatch: there, with sorting, packing and waiting; combine: the way back. raw: "
             "the backend's own exchange of the same kind and bytes. GB/s: bytes of the busiest rank, to or from "
             "others, by those times. simulated: from kernels alone, without launches, and the links: "

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from compile_moe.ops.weight_and_reduce import weight_and_reduce
 from compile_moe.prepare_finalize.collectives import all_to_all, as_sizes, wait
@@ -63,9 +64,9 @@ class AllToAllPrepareAndFinalize(ExpertParallelPrepareAndFinalize):
         tokens, receiver = sent // size, (sent % size).unsqueeze(1)
         outgoing = TokenRows(
             _take(rows.hidden_states, tokens),
-            torch.where(ranks[tokens] == receiver // share, ids[tokens], -1),
-            rows.topk_weights[tokens],
-            None if rows.scale is None else rows.scale[tokens],
+            torch.where(_take(ranks, tokens) == receiver // share, _take(ids, tokens), -1),
+            _take(rows.topk_weights, tokens),
+            None if rows.scale is None else _take(rows.scale, tokens),
         )
         arrived = outgoing.sent(lambda tensors: all_to_all(tensors, num_sent, num_received, self.group))
 
@@ -84,8 +85,7 @@ class AllToAllPrepareAndFinalize(ExpertParallelPrepareAndFinalize):
         def summed() -> Tensor:
             (returned,) = wait(started)
             if torch.compiler.is_compiling() or returned.size(0) == 0:
-                # So that row 0 exists. In a graph nothing is copied: it becomes a bound of the gather.
-                returned = F.pad(returned, (0, 0, 0, 1))
+                returned = _with_row(returned)
             # The experts' weights are applied already; a row that wasn't sent is a skipped slot.
             ids = torch.where(is_sent, 0, -1)
             ones = torch.ones_like(rows, dtype=torch.float32)
@@ -102,10 +102,17 @@ class AllToAllPrepareAndFinalize(ExpertParallelPrepareAndFinalize):
 
 
 def _take(t: Tensor, rows: Tensor) -> Tensor:
-    """Rows of a tensor; one-byte types as bytes, which every device can index."""
-    if t.itemsize == 1:
-        return t.view(torch.uint8)[rows].view(t.dtype)
-    return t[rows]
+    """Rows of a tensor (M, n); one-byte types as bytes, which every device can index."""
+    bits = t.view(torch.uint8) if t.itemsize == 1 else t
+    if guard_or_false(t.size(0) == 0):
+        # Inductor refuses to take rows of a tensor without any, however many.
+        bits = _with_row(bits)
+    return bits[rows].view(t.dtype)
+
+
+def _with_row(t: Tensor) -> Tensor:
+    """(M, n) with a row more, so that row 0 exists. In a graph nothing is copied: it becomes a bound of the gather."""
+    return F.pad(t, (0, 0, 0, 1))
 
 
 def _is_first(ranks: Tensor) -> Tensor:

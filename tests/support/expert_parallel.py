@@ -128,6 +128,7 @@ class Case:
     variant: str = ""
     backend: str = ""
     inplace: bool = False
+    device: str = "cpu"
     #: Of batched parts; as it is, nothing is dropped.
     max_tokens_per_rank: int = 45
 
@@ -227,7 +228,8 @@ def kept(layer: Layer, placement: ExpertPlacement, rank: int, room: int) -> tupl
             if counts[copy] > room:
                 dropped[expert] += 1
                 chosen[j] = -1
-    remaining = torch.tensor(ids, dtype=layer.topk_ids.dtype).view(layer.topk_ids.shape)
+    remaining = torch.tensor(ids, dtype=layer.topk_ids.dtype, device=layer.topk_ids.device)
+    remaining = remaining.view(layer.topk_ids.shape)
     return replace(layer, topk_ids=remaining), dropped
 
 
@@ -237,7 +239,7 @@ def make_shard(
     """This rank's part of a case; ``parts`` of an earlier one can be used again."""
     placement = placements(num_ranks)[case.placement]
     counts = (num_tokens or NUM_TOKENS[case.num_tokens])[:num_ranks]
-    options = {"M": sum(counts), "E": E} | case.layer
+    options = {"M": sum(counts), "E": E, "device": case.device} | case.layer
     own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
     local = list(placement.local_experts[rank])
     config, q = None, None
@@ -301,11 +303,13 @@ def run_case(case: Case, rank: int, num_ranks: int) -> None:
     assert case.inplace or torch.equal(x, shard.args[0])
 
 
-def run_cases(rank: int, num_ranks: int, seed: int, step: int = 1) -> None:
-    """Every ``step``-th case."""
+def run_cases(rank: int, num_ranks: int, seed: int, step: int = 1, device: str = "cpu") -> None:
+    """Every ``step``-th case; on GPUs without those that only CPUs compute."""
     for name, case in itertools.islice(cases(), 0, None, step):
+        if device != "cpu" and case.layer.get("dtype") is torch.float64:
+            continue
         torch.manual_seed(seed)
         try:
-            run_case(case, rank, num_ranks)
+            run_case(replace(case, device=device), rank, num_ranks)
         except Exception as e:
             raise AssertionError(f"{name}, rank {rank} of {num_ranks}, seed {seed}: {e}") from e

@@ -85,8 +85,10 @@ class Layer:
             w2_bias=cast(self.w2_bias),
         )
 
-    def reference(self) -> Tensor:
+    def reference(self, absolute: bool = False) -> Tensor:
         """The layer's result in plain PyTorch, a mask and two dense GEMMs an expert, in the layer's own dtype.
+
+        absolute: the sum of the experts' absolute values instead.
 
         Called on a float64 copy it is the oracle; on the layer itself, the low-precision computation whose error
         bounds ours. Shares no code with the library.
@@ -111,17 +113,18 @@ class Layer:
             y = y.to(weights.dtype)
             if not self.apply_router_weight_on_input:
                 y = y * weights[token, j, None]
-            out.index_put_((token,), y, accumulate=True)
+            out.index_put_((token,), y.abs() if absolute else y, accumulate=True)
         return out.to(dtype)
 
 
 def assert_as_accurate(result: Tensor, layer: Layer, factor: float = 2.0) -> None:
     """The tolerance rule: against float64, at most ``factor`` times the error of plain PyTorch at that precision.
 
-    In the Frobenius norm, plus ``factor`` roundings of the largest element: plain PyTorch can be exact by luck. Norms
-    over a few elements are noisy, which doubles ``factor`` where there are fewer than 256.
+    In the Frobenius norm, plus ``factor`` roundings of the largest element, as large as its summands are: plain PyTorch
+    can be exact by luck. Norms over a few elements are noisy, which doubles ``factor`` where there are fewer than 256.
     """
-    exact = layer.to(torch.float64).reference()
+    float64 = layer.to(torch.float64)
+    exact = float64.reference()
     assert result.shape == exact.shape and result.device == layer.hidden_states.device
     assert result.dtype is layer.hidden_states.dtype
     assert torch.isfinite(result).all(), "not finite"
@@ -131,7 +134,7 @@ def assert_as_accurate(result: Tensor, layer: Layer, factor: float = 2.0) -> Non
         factor *= 2
     error = (result.double() - exact).norm().item()
     plain = (layer.reference().double() - exact).norm().item()
-    rounding = torch.finfo(result.dtype).eps * exact.abs().max().item()
+    rounding = torch.finfo(result.dtype).eps * float64.reference(absolute=True).max().item()
     bound = factor * (plain + rounding)
     assert error <= bound, f"error {error:.3e} exceeds {factor} x plain PyTorch's: {bound:.3e}"
 

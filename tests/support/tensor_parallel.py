@@ -109,7 +109,7 @@ def make_tensor_shard(
         FusedMoEModularKernel(parts, experts(w1_bias, w2_bias)),
         (x, cut_rows(layer.w1), layer.w2[local][:, :, columns], topk_weights, topk_ids),
         {
-            "expert_map": None if kind == "one_device" else placement.expert_map(rank // SHARES),
+            "expert_map": None if kind == "one_device" else placement.expert_map(rank // SHARES).to(x.device),
             "apply_router_weight_on_input": layer.apply_router_weight_on_input,
         },
     )
@@ -125,11 +125,13 @@ def cases() -> Iterator[tuple[str, str, type[Any], dict[str, Any]]]:
     yield "own-finalize", "own_finalize", TritonExperts, LAYERS["skipped"]
 
 
-def run_tensor_parallel(rank: int, num_ranks: int, seed: int) -> None:
+def run_tensor_parallel(rank: int, num_ranks: int, seed: int, device: str = "cpu") -> None:
     for name, kind, experts, options in cases():
+        if device != "cpu" and options.get("dtype") is torch.float64:
+            continue
         torch.manual_seed(seed)
         try:
-            shard = make_tensor_shard(kind, rank, num_ranks, experts, **options)
+            shard = make_tensor_shard(kind, rank, num_ranks, experts, **options, device=device)
             shard.check(shard.kernel(*shard.args, **shard.options))
         except Exception as e:
             raise AssertionError(f"{name}, rank {rank} of {num_ranks}, seed {seed}: {e}") from e
