@@ -28,13 +28,16 @@ from compile_moe.ops.kernels import launch
 from compile_moe.ops.named_activations import program_text
 from tests.support.batched import PoisonedParts, batched_kernel, kept, options_of
 from tests.support.oracle import CASES, assert_as_accurate, make_layer
-from tests.support.quantized import make_quantized
+from tests.support.quantized import Variant, make_quantized
+from tests.support.quantized import assert_as_accurate as assert_quantized_as_accurate
 from tests.support.quantized_gemms import ALL_VARIANTS, GEMMS, Gemms, spread
 from tests.support.quantized_inputs import op as overload
 from tests.support.token_inputs import SCALINGS
 from tests.support.warp_specialized import (
+    FLOAT8_LAYERS,
     LAYERS,
     assert_both_were_launched,
+    launched,
     warp_specialized_wherever_possible,
 )
 
@@ -101,6 +104,14 @@ def many_rows(device: str, share: Share) -> int:
         layer.topk_ids.fill_(-1)
         assert_as_accurate(compile_moe.fused_experts(*layer.args), layer)
         assert_both_were_launched()
+        for case, scheme in share(
+            itertools.product(FLOAT8_LAYERS.values(), ("fp8_w8a8_channel", "fp8_w8a8_tensor"))
+        ):
+            q = make_quantized(Variant(scheme), **case, dtype=torch.bfloat16)
+            args, options = q.on_gpu()
+            assert_quantized_as_accurate(compile_moe.fused_experts(*args, **options).cpu(), q)
+            assert any(name.startswith("float8") for name in launched())
+            count += 1
     return count + 2
 
 

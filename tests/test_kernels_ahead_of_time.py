@@ -21,8 +21,13 @@ from compile_moe.ops.kernels import (
 )
 from compile_moe.ops.kernels.launch import Launch
 from compile_moe.ops.kernels.tiles import DeviceLimits, is_vectorized, tile_candidates
+from compile_moe.ops.kernels.warp_specialized import (
+    float8_gather_gemm,
+    float8_scatter_gemm,
+    row_tiles,
+    zero_skipped,
+)
 from compile_moe.ops.kernels.warp_specialized import gather_gemm as warp_gather
-from compile_moe.ops.kernels.warp_specialized import row_tiles, zero_skipped
 from compile_moe.ops.kernels.warp_specialized import scatter_gemm as warp_scatter
 from compile_moe.ops.named_activations import NAMES, program_text
 from tests.support.aot import CAPABILITIES, SHARED_MEMORY_BUDGET, CompiledKernel, compile_ahead
@@ -123,6 +128,45 @@ def test_warp_specialized(case: str) -> None:
         assert compiled.has_wgmma == ("gemm" in launch.kernel.__name__)
     for scattered in (False, True):
         compile_launch(zero_skipped.launch_for(out, slots, offsets, e, scattered), 90)
+
+
+#: K, I, activation, whether biased, whether a whole tensor shares a scale.
+FLOAT8 = {
+    "plain": (2048, 768, "silu", False, False),
+    "interleaved-biased, scale of a tensor": (2880, 2880, "swigluoai", True, True),
+    "ungated, odd sizes": (1008, 496, "relu2_no_mul", False, False),
+}
+
+
+@pytest.mark.parametrize("case", FLOAT8)
+def test_warp_specialized_float8(case: str) -> None:
+    k, i, activation, biased, per_tensor = FLOAT8[case]
+    program = parse(program_text(activation))
+    n, e, topk, m = 2 * i if program.gated else i, 8, 2, 512
+    x, w1, w2, rows = (
+        torch.empty(shape, dtype=torch.float8_e4m3fn)
+        for shape in ((m, k), (e, n, k), (e, k, i), (m * topk, i))
+    )
+    between, out = (torch.empty(m * topk, columns, dtype=torch.bfloat16) for columns in (i, k))
+    scales = [
+        torch.empty(1 if per_tensor else (size, 1), dtype=torch.float32) for size in (x.size(0), rows.size(0))
+    ]
+    w_scales = [torch.empty((e,) if per_tensor else (e, size, 1), dtype=torch.float32) for size in (n, k)]
+    bias1, bias2 = (torch.empty(e, size, dtype=torch.bfloat16) for size in (n, k)) if biased else (None, None)
+    slots, offsets = empty(m * topk), empty(e + 1)
+    tiles = row_tiles.scratch(slots, e)
+    body, layout = program.triton_source(), program.layout
+    for launch in (
+        *float8_gather_gemm.launches_for(
+            tiles, between, x, scales[0], w1, w_scales[0], slots, offsets, topk, bias1, body, layout
+        ),
+        *float8_scatter_gemm.launches_for(
+            tiles, out, rows, scales[1], w2, w_scales[1], slots, offsets, bias2
+        ),
+    ):
+        # Sums of a step, beside those of all, leave few registers.
+        compiled = compile_launch(launch, 90, spills=64)
+        assert compiled.has_wgmma == ("gemm" in launch.kernel.__name__)
 
 
 @pytest.mark.parametrize("name", NAMES)

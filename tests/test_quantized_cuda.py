@@ -128,13 +128,6 @@ def test_replayed_with_other_inputs(variant: str, m: int) -> None:
             gemms.check(stage, result.cpu())
 
 
-def layer_on_gpu(q: Quantized) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """Arguments of ``fused_experts``."""
-    config = q.config(**{name: on_gpu(scale) for name, scale in q.scales.items()})
-    options = {name: on_gpu(value) for name, value in q.layer.options.items()}
-    return tuple(map(on_gpu, q.args)), options | {"quant_config": config}
-
-
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("variant", DEFAULTS)
 def test_layer(variant: str, compiled: bool) -> None:
@@ -144,7 +137,7 @@ def test_layer(variant: str, compiled: bool) -> None:
         function = torch.compile(function, fullgraph=True, dynamic=True)
     for m in (17, 300) if compiled else TOKENS:
         q = with_weights_of(first, m, skipped=m == 17)
-        args, options = layer_on_gpu(q)
+        args, options = q.on_gpu()
         assert_as_accurate(function(*args, **options).cpu(), q)
 
 
@@ -152,7 +145,7 @@ def test_layer(variant: str, compiled: bool) -> None:
 def test_torch_experts(variant: str) -> None:
     """Plain PyTorch on a GPU."""
     q = make_quantized(DEFAULTS[variant], M=9, dtype=torch.bfloat16, **SHAPE)
-    args, options = layer_on_gpu(q)
+    args, options = q.on_gpu()
     config = options["quant_config"]
     biases = options["w1_bias"], options["w2_bias"]
     kernel = compile_moe.FusedMoEModularKernel(

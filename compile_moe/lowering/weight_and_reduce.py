@@ -37,7 +37,14 @@ def _lowering(
 
     sizes = tuple(fused_out.get_size())
     return weighted_sum(
-        fused_out, topk_weights, sizes, load_term, None if load_id is None else is_valid, apply_weights
+        fused_out,
+        topk_weights,
+        sizes,
+        load_term,
+        None if load_id is None else is_valid,
+        apply_weights,
+        # Those of experts on other ranks.
+        many_invalid=expert_map is not None,
     )
 
 

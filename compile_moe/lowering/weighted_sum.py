@@ -28,6 +28,7 @@ def weighted_sum(
     load_term: Callable[[Any, Any, Any], Any],
     is_valid: Callable[[Any, Any], Any] | None,
     apply_weights: bool,
+    many_invalid: bool = False,
 ) -> Any:
     """(M, K) in the dtype of the terms, accumulated in float32 (float64 for float64).
 
@@ -35,6 +36,7 @@ def weighted_sum(
         sizes: M, topk, K.
         load_term: of token, slot of the token, column.
         is_valid: of token, slot of the token; None: all are.
+        many_invalid: such slots are not even loaded. The others are then loaded later: when it is known which they are.
     """
     m, topk, k = sizes
     slots_of_token = range(static_int(topk))
@@ -46,12 +48,18 @@ def weighted_sum(
         token, column = index
         total = None
         for j in map(sympy.Integer, slots_of_token):
-            term = ops.to_dtype(load_term(token, j, column), compute_dtype)
+
+            def load(j: Any = j) -> Any:
+                return ops.to_dtype(load_term(token, j, column), compute_dtype)
+
+            zero = ops.constant(0.0, compute_dtype)
+            skips_load = is_valid is not None and many_invalid
+            term = ops.masked(is_valid(token, j), load, 0.0) if skips_load else load()  # type: ignore[misc]
             if apply_weights:
                 term = ops.mul(term, ops.to_dtype(load_weight([token, j]), compute_dtype))
             if is_valid is not None:
                 # Selects, so that nothing of an unwritten slot, not even NaN, gets through.
-                term = ops.where(is_valid(token, j), term, ops.constant(0.0, compute_dtype))
+                term = ops.where(is_valid(token, j), term, zero)
             total = term if total is None else ops.add(total, term)
         return ops.to_dtype(total, dtype)
 

@@ -134,7 +134,8 @@ def assert_as_accurate(result: Tensor, layer: Layer, factor: float = 2.0) -> Non
         factor *= 2
     error = (result.double() - exact).norm().item()
     plain = (layer.reference().double() - exact).norm().item()
-    rounding = torch.finfo(result.dtype).eps * float64.reference(absolute=True).max().item()
+    summands = float64.reference(absolute=True) if isinstance(float64, Layer) else exact.abs()
+    rounding = torch.finfo(result.dtype).eps * summands.max().item()
     bound = factor * (plain + rounding)
     assert error <= bound, f"error {error:.3e} exceeds {factor} x plain PyTorch's: {bound:.3e}"
 

@@ -91,6 +91,16 @@ class Quantized:
     def config(self, **changes: Any) -> FusedMoEQuantConfig:
         return FusedMoEQuantConfig(self.variant.scheme, **(self.variant.options | self.scales | changes))
 
+    def on_gpu(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """Arguments of ``fused_experts``."""
+
+        def moved(value: Any) -> Any:
+            return value.cuda() if isinstance(value, Tensor) else value
+
+        config = self.config(**{name: moved(scale) for name, scale in self.scales.items()})
+        options = {name: moved(value) for name, value in self.layer.options.items()}
+        return tuple(map(moved, self.args)), options | {"quant_config": config}
+
     def exact(self) -> Tensor:
         """The layer in float64, with its tokens as they are."""
         return self.layer.to(torch.float64).reference()

@@ -83,6 +83,23 @@ class Float64Throughout(TorchFunctionMode):
         return func(*map(widen, args), **{name: widen(value) for name, value in (kwargs or {}).items()})
 
 
+class ChoiceMargins(TorchFunctionMode):
+    """How near to a tie the choices of experts are that are made under it, relative to the largest score."""
+
+    smallest = float("inf")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.topk, Tensor.topk):
+            scores, chosen = args[0], result[0]
+            k = chosen.size(-1)
+            if k < scores.size(-1) and scores.numel():
+                ordered = scores.sort(-1, descending=True).values
+                margin = (ordered[..., k - 1] - ordered[..., k]).min() / scores.abs().max()
+                self.smallest = min(self.smallest, margin.item())
+        return result
+
+
 def assert_close(result: Tensor, eager: Tensor, exact: Tensor) -> None:
     """Against float64, at most twice the error of transformers' own experts, plus two roundings."""
     assert result.dtype == eager.dtype and result.shape == eager.shape

@@ -7,11 +7,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-from compile_moe.ops.kernels import launch, remembered_calls, tuned_tiles
-from compile_moe.ops.kernels.gemm_problem import GemmProblem
-from compile_moe.ops.kernels.tile_space import why_not
-from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, WARP_SPECIALIZED_FROM
-from compile_moe.ops.kernels.tuned_tiles import TileChoice
+from compile_moe.ops.kernels import launch, remembered_calls, tiles
+from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED_FROM
 
 #: Arguments of make_layer, with at least 64 rows an expert.
 LAYERS: dict[str, dict[str, Any]] = {
@@ -26,24 +23,19 @@ LAYERS: dict[str, dict[str, Any]] = {
     "many experts": {"M": 4096, "K": 256, "I": 128, "E": 128, "topk": 8},
     "strided": {"M": 700, "K": 256, "I": 128, "E": 8, "strided": True},
 }
+#: The same, with sizes in multiples of 16.
+FLOAT8_LAYERS = {
+    name: {**layer, "K": -(-layer["K"] // 16) * 16, "I": -(-layer["I"] // 16) * 16}
+    for name, layer in LAYERS.items()
+}
 
 
 @contextmanager
 def warp_specialized_wherever_possible() -> Iterator[None]:
     """The choice of tiles takes them from the fewest rows with which they can run; nothing is remembered."""
-    by_heuristic = tuned_tiles.heuristic_choice
-
-    def choose(problem: GemmProblem, num_slots: int, device_index: int | None) -> TileChoice:
-        choice = by_heuristic(problem, num_slots, device_index)
-        if why_not(WARP_SPECIALIZED, problem, tuned_tiles.device_limits(device_index)):
-            return choice
-        enough = num_slots >= WARP_SPECIALIZED_FROM * problem.num_experts
-        tile = WARP_SPECIALIZED if enough else choice.tile
-        return TileChoice(tile, choice.candidates)
-
     remembered_calls.forget()
     with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(tuned_tiles, "heuristic_choice", choose))
+        patches.enter_context(mock.patch.object(tiles, "WARP_SPECIALIZED_PAYS_FROM", WARP_SPECIALIZED_FROM))
         patches.enter_context(mock.patch.object(remembered_calls, "_MOST_BYTES", 0))
         for cache in ("_ready", "_loaded"):
             patches.enter_context(mock.patch.object(launch, cache, {}))
@@ -51,7 +43,12 @@ def warp_specialized_wherever_possible() -> Iterator[None]:
     remembered_calls.forget()
 
 
+def launched() -> list[str]:
+    """Names of kernels since then."""
+    return [each.compiled.name for ready in launch._ready.values() for each in ready]
+
+
 def assert_both_were_launched() -> None:
     """Both GEMMs, since the tiles were forced."""
-    names = [each.compiled.name for ready in launch._ready.values() for each in ready]
+    names = launched()
     assert names.count("row_tiles_kernel") >= 2, names

@@ -17,9 +17,12 @@ from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 from compile_moe.ops.kernels.precision import Precision, dot_precision
 from compile_moe.ops.kernels.quantized import operands
 from compile_moe.ops.kernels.quantized.multiply import multiply, with_format
-from compile_moe.ops.kernels.quantized.tiles import candidates_for
+from compile_moe.ops.kernels.quantized.tiles import candidates_for, may_be_warp_specialized
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
 from compile_moe.ops.kernels.tiles import Tile, choose_tile, grouped_order, locate_tile, max_row_tiles
+from compile_moe.ops.kernels.tuned_tiles import plan_of
+from compile_moe.ops.kernels.warp_specialized import float8_gather_gemm, row_tiles
+from compile_moe.ops.kernels.warp_specialized import zero_skipped as zero_skipped_rows
 
 DO_NOT_SPECIALIZE = ("num_slots", "num_row_tiles")
 _NUM_POINTERS, _NUM_BEFORE_SIZES = 9, 11
@@ -226,17 +229,34 @@ def quantized_gather_gemm(
         layout,
         zero_skipped,
         dot_precision(hidden_states.dtype),
+        row_tiles.scratch_if_needed(sorted_slots, w1) if may_be_warp_specialized(weight_format, w1) else None,
     )
 
 
+def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
+    """Arguments: those of :func:`launch_for` behind the tile, and memory for row tiles, or None for some."""
+    *arguments, tiles = arguments  # type: ignore[assignment]
+    if not tile.warp_specialized:
+        return (launch_for(tile, *arguments),)
+    out, x, x_scale, w1, w1_scale, _, slots, offsets, topk, _, bias, body, layout, zero_skipped, _ = arguments
+    if tiles is None:
+        tiles = row_tiles.scratch(slots, w1.size(0))
+    launches: tuple[Launch, ...] = float8_gather_gemm.launches_for(
+        tiles, out, x, x_scale, w1, w1_scale, slots, offsets, topk, bias, body, layout
+    )
+    if zero_skipped:
+        launches = (*launches, zero_skipped_rows.launch_for(out, slots, offsets, w1.size(0), False))
+    return launches
+
+
 def _plan(*arguments: Any) -> Plan:
-    """Arguments: those of :func:`launch_for` behind the tile."""
-    out, x, _, w1, _, w1_zp, _, _, topk, weight_format, bias, body, layout, zero_skipped, precision = (
+    """Arguments: those of :func:`launches_for` behind the tile."""
+    out, x, _, w1, _, w1_zp, _, _, topk, weight_format, bias, body, layout, zero_skipped, precision, _ = (
         arguments
     )
     candidates = candidates_for(x, w1, out, weight_format, layout != "ungated")
     # The arguments that code depends on are those of every tile.
-    like = launch_for(candidates[0], *arguments)
+    like = launch_for(candidates[0], *arguments[:-1])
     key = (
         "quantized_gather_gemm",
         weight_format,
@@ -248,12 +268,9 @@ def _plan(*arguments: Any) -> Plan:
         w1_zp is not None,
         topk,
         tuple(w1.shape),
+        candidates[-1].warp_specialized,
         like.args[_NUM_BEFORE_SIZES:],
         *map(pointer_key, like.args[:_NUM_POINTERS]),
     )
     tile = choose_tile(candidates, out.size(0), w1.size(0))
-    return Plan(
-        key,
-        (launch_for(tile, *arguments),),
-        lambda: [launch_for(candidate, *arguments) for candidate in candidates],
-    )
+    return plan_of(key, tile, candidates, lambda each: launches_for(each, *arguments))

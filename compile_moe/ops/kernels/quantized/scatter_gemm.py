@@ -16,9 +16,12 @@ from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 from compile_moe.ops.kernels.precision import Precision, dot_precision
 from compile_moe.ops.kernels.quantized import operands
 from compile_moe.ops.kernels.quantized.multiply import multiply, with_format
-from compile_moe.ops.kernels.quantized.tiles import candidates_for
+from compile_moe.ops.kernels.quantized.tiles import candidates_for, may_be_warp_specialized
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
 from compile_moe.ops.kernels.tiles import Tile, choose_tile, grouped_order, locate_tile, max_row_tiles
+from compile_moe.ops.kernels.tuned_tiles import plan_of
+from compile_moe.ops.kernels.warp_specialized import float8_scatter_gemm, row_tiles
+from compile_moe.ops.kernels.warp_specialized import zero_skipped as zero_skipped_rows
 
 DO_NOT_SPECIALIZE = ("num_slots", "num_row_tiles")
 _NUM_POINTERS, _NUM_BEFORE_SIZES = 9, 11
@@ -189,15 +192,32 @@ def quantized_scatter_gemm(
         bias,
         zero_skipped,
         dot_precision(intermediate.dtype),
+        row_tiles.scratch_if_needed(sorted_slots, w2) if may_be_warp_specialized(weight_format, w2) else None,
     )
 
 
+def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
+    """Arguments: those of :func:`launch_for` behind the tile, and memory for row tiles, or None for some."""
+    *arguments, tiles = arguments  # type: ignore[assignment]
+    if not tile.warp_specialized:
+        return (launch_for(tile, *arguments),)
+    out, x, x_scale, w2, w2_scale, _, slots, offsets, _, bias, zero_skipped, _ = arguments
+    if tiles is None:
+        tiles = row_tiles.scratch(slots, w2.size(0))
+    launches: tuple[Launch, ...] = float8_scatter_gemm.launches_for(
+        tiles, out, x, x_scale, w2, w2_scale, slots, offsets, bias
+    )
+    if zero_skipped:
+        launches = (*launches, zero_skipped_rows.launch_for(out, slots, offsets, w2.size(0), True))
+    return launches
+
+
 def _plan(*arguments: Any) -> Plan:
-    """Arguments: those of :func:`launch_for` behind the tile."""
-    out, x, _, w2, _, w2_zp, _, _, weight_format, bias, zero_skipped, precision = arguments
+    """Arguments: those of :func:`launches_for` behind the tile."""
+    out, x, _, w2, _, w2_zp, _, _, weight_format, bias, zero_skipped, precision, _ = arguments
     candidates = candidates_for(x, w2, out, weight_format, False)
     # The arguments that code depends on are those of every tile.
-    like = launch_for(candidates[0], *arguments)
+    like = launch_for(candidates[0], *arguments[:-1])
     key = (
         "quantized_scatter_gemm",
         weight_format,
@@ -206,12 +226,9 @@ def _plan(*arguments: Any) -> Plan:
         bias is not None,
         w2_zp is not None,
         tuple(w2.shape),
+        candidates[-1].warp_specialized,
         like.args[_NUM_BEFORE_SIZES:],
         *map(pointer_key, like.args[:_NUM_POINTERS]),
     )
     tile = choose_tile(candidates, out.size(0), w2.size(0))
-    return Plan(
-        key,
-        (launch_for(tile, *arguments),),
-        lambda: [launch_for(candidate, *arguments) for candidate in candidates],
-    )
+    return plan_of(key, tile, candidates, lambda each: launches_for(each, *arguments))

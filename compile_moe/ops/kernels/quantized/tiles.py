@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 
+import torch
 import triton
 from torch import Tensor
 
+from compile_moe.ops.kernels.gemm_problem import has_boxes
 from compile_moe.ops.kernels.quantized.operands import steps_of
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
-from compile_moe.ops.kernels.tiles import DeviceLimits, Tile, device_limits
+from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, DeviceLimits, Tile, device_limits
 
 _ROW_TILES = (16, 32, 64, 128)
 
@@ -19,7 +21,20 @@ def candidates_for(
 ) -> tuple[Tile, ...]:
     """Tiles for x (rows, depth) and stored weights w (E, rows of weights, ...) into out (S, columns)."""
     limits = device_limits(out.device.index)
-    return tile_candidates(x.element_size(), w.element_size(), out.size(1), weight_format, gated, limits)
+    tiles = tile_candidates(x.element_size(), w.element_size(), out.size(1), weight_format, gated, limits)
+    is_special = (
+        limits.warp_specialized
+        and may_be_warp_specialized(weight_format, w)
+        and x.dtype is w.dtype
+        and out.element_size() == 2
+        and has_boxes(x, w, out)
+    )
+    return (*tiles, WARP_SPECIALIZED) if is_special else tiles
+
+
+def may_be_warp_specialized(weight_format: WeightFormat, w: Tensor) -> bool:
+    """Whether there are warp-specialized kernels of a scheme: 8-bit floating point, scales shared by whole rows."""
+    return weight_format.scales_sums and not weight_format.group and w.dtype is torch.float8_e4m3fn
 
 
 @functools.cache

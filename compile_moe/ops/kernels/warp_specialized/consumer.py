@@ -118,6 +118,23 @@ def is_kind(rows, KIND: gl.constexpr):
 
 
 @gluon.jit
+def weight_rows(column8, columns8, EPILOGUE: gl.constexpr, INTERLEAVED: gl.constexpr, layout: gl.constexpr):
+    """Rows of an expert's weights that a consumer multiplies, and whether there are such."""
+    m = gl.arange(0, 64, layout=layout)
+    if EPILOGUE == "gated":
+        column = column8 * 8 + m // 16 * 8 + m % 8
+        mask = column < columns8 * 8
+        if INTERLEAVED:
+            column = 2 * column + m // 8 % 2
+        else:
+            column = column + m // 8 % 2 * (columns8 * 8)
+    else:
+        column = column8 * 8 + m
+        mask = column < columns8 * 8
+    return column, mask
+
+
+@gluon.jit
 def consumer(
     w_smem,
     x_smem,
@@ -157,17 +174,7 @@ def consumer(
         column8 = (2 * tile_n + WHICH) * WIDTH8
         bias_layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
         if HAS_BIAS:
-            m = gl.arange(0, 64, layout=bias_layout)
-            if EPILOGUE == "gated":
-                column = column8 * 8 + m // 16 * 8 + m % 8
-                mask = column < columns8 * 8
-                if INTERLEAVED:
-                    column = 2 * column + m // 8 % 2
-                else:
-                    column = column + m // 8 % 2 * (columns8 * 8)
-            else:
-                column = column8 * 8 + m
-                mask = column < columns8 * 8
+            column, mask = weight_rows(column8, columns8, EPILOGUE, INTERLEAVED, bias_layout)
             bias = gl.load(
                 bias_ptr + expert.to(gl.int64) * stride_be + column * stride_bn, mask=mask, other=0.0
             )

@@ -11,8 +11,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from compile_moe.ops.kernels.tiles import row_stride
+from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES
 
-_LAYOUTS = {rank: gl.NVMMASharedLayout(128, 16, rank) for rank in (2, 3, 5)}
+
+def step(t: Tensor) -> int:
+    """Elements of a row of x or of the weights in a stage of the ring."""
+    return STEP_BYTES.value // t.element_size()
+
+
+@functools.cache
+def _layout(itemsize: int, rank: int) -> Any:
+    return gl.NVMMASharedLayout(128, 8 * itemsize, rank)
 
 
 def gated_weights(w1: Tensor, layout: str) -> TensorDescriptor:
@@ -24,18 +33,26 @@ def gated_weights(w1: Tensor, layout: str) -> TensorDescriptor:
         strides = [stride_e, 16 * stride_n, stride_n, 2 * stride_n, 1]
     else:
         strides = [stride_e, 8 * stride_n, half * stride_n, stride_n, 1]
-    return TensorDescriptor(w1, [e, half // 8, 2, 8, k], strides, [1, 8, 2, 8, 64], _LAYOUTS[5])
+    return TensorDescriptor(
+        w1, [e, half // 8, 2, 8, k], strides, [1, 8, 2, 8, step(w1)], _layout(w1.element_size(), 5)
+    )
 
 
 def plain_weights(w: Tensor) -> TensorDescriptor:
     """w (E, rows, depth), 128 rows at a time."""
-    return TensorDescriptor(w, list(w.shape), list(w.stride()), [1, 128, 64], _LAYOUTS[3])
+    return TensorDescriptor(
+        w, list(w.shape), list(w.stride()), [1, 128, step(w)], _layout(w.element_size(), 3)
+    )
 
 
 def rows(x: Tensor, num_rows: int) -> TensorDescriptor:
     """x (S, depth), ``num_rows`` at a time. Without any rows it is made, for the kernel to compile, but not read."""
     return TensorDescriptor(
-        x, [max(1, x.size(0)), x.size(1)], [row_stride(x), 1], [num_rows, 64], _LAYOUTS[2]
+        x,
+        [max(1, x.size(0)), x.size(1)],
+        [row_stride(x), 1],
+        [num_rows, step(x)],
+        _layout(x.element_size(), 2),
     )
 
 

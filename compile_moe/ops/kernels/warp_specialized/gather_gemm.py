@@ -19,7 +19,7 @@ from compile_moe.ops.kernels.warp_specialized.descriptors import gated_weights, 
 from compile_moe.ops.kernels.warp_specialized.producers import producer_gather
 from compile_moe.ops.kernels.warp_specialized.ring import STAGES, allocate
 
-DO_NOT_SPECIALIZE = ("num_slots", "num_n", "num_k", "columns8", "depth8", "row_stride8", "topk")
+DO_NOT_SPECIALIZE = ("num_slots", "num_n", "num_k", "columns8", "depth16", "row_stride16", "topk")
 REGISTERS, PRODUCER_REGISTERS = 208, 88
 
 
@@ -34,8 +34,8 @@ def gather_gemm_kernel(
     num_n,
     num_k,
     columns8,
-    depth8,
-    row_stride8,
+    depth16,
+    row_stride16,
     topk,
     stride_be,
     stride_bn,
@@ -47,7 +47,9 @@ def gather_gemm_kernel(
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
-    w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(x_ptr.dtype.element_ty, STAGES, 129)
+    w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(
+        x_ptr.dtype.element_ty, out_ptr.dtype.element_ty, STAGES, 129
+    )
     gl.warp_specialize(
         [
             (
@@ -70,7 +72,7 @@ def gather_gemm_kernel(
                 producer_gather,
                 (
                     w_desc, x_ptr, slots_ptr, w_smem, x_smem, tail_smem, full, empty, tiles_ptr,
-                    num_slots, num_n, num_k, row_stride8, depth8, topk, STAGES, EPILOGUE, EVEN_K,
+                    num_slots, num_n, num_k, row_stride16, depth16, topk, STAGES, EPILOGUE, EVEN_K,
                 ),
             ),
         ],

@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
 from compile_moe.ops.kernels.warp_specialized.compat import copy_box, copy_rows, view
-from compile_moe.ops.kernels.warp_specialized.ring import find_tile, next_stage
+from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES, find_tile, next_stage
 
 
 @gluon.jit
@@ -38,9 +38,10 @@ def producer_tma(
 ):
     num_row_tiles = gl.load(tiles_ptr)
     num_tiles = num_row_tiles * num_n
-    W_BYTES: gl.constexpr = 128 * 64 * 2
-    BOX_BYTES: gl.constexpr = 32 * 64 * 2
-    x256 = view(x_smem, [STAGES, 256, 64], x_smem.layout)
+    STEP: gl.constexpr = x_smem.shape[2]
+    W_BYTES: gl.constexpr = 128 * STEP_BYTES
+    BOX_BYTES: gl.constexpr = 32 * STEP_BYTES
+    x256 = view(x_smem, [STAGES, 256, STEP], x_smem.layout)
     stage = 0
     phase = 0
     step = gl.num_programs(0)
@@ -55,9 +56,9 @@ def producer_tma(
                 bar = full.index(stage)
                 mbarrier.expect(bar, W_BYTES + 9 * BOX_BYTES, pred=has_tail)
                 mbarrier.expect(bar, W_BYTES + 8 * BOX_BYTES, pred=rows <= 256)
-                load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * 64, EPILOGUE, STAGES)
-                copy_box(x256_desc, [first, k * 64], bar, x256.index(stage))
-                copy_box(x_desc, [first + 256, k * 64], bar, tail_smem.index(stage), pred=has_tail)
+                load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * STEP, EPILOGUE, STAGES)
+                copy_box(x256_desc, [first, k * STEP], bar, x256.index(stage))
+                copy_box(x_desc, [first + 256, k * STEP], bar, tail_smem.index(stage), pred=has_tail)
                 stage, phase = next_stage(stage, phase, STAGES)
         else:
             boxes = (rows + 31) // 32
@@ -69,12 +70,12 @@ def producer_tma(
                 bar = full.index(stage)
                 for i in gl.static_range(5):
                     mbarrier.expect(bar, W_BYTES + (i + 1) * BOX_BYTES, pred=boxes == i + 1)
-                load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * 64, EPILOGUE, STAGES)
+                load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * STEP, EPILOGUE, STAGES)
                 for i in gl.static_range(4):
                     copy_box(
-                        x_desc, [first + 32 * i, k * 64], bar, x_smem.index(8 * stage + i), pred=i < whole
+                        x_desc, [first + 32 * i, k * STEP], bar, x_smem.index(8 * stage + i), pred=i < whole
                     )
-                copy_box(x_desc, [first + 32 * whole, k * 64], bar, tail_smem.index(stage), pred=has_tail)
+                copy_box(x_desc, [first + 32 * whole, k * STEP], bar, tail_smem.index(stage), pred=has_tail)
                 stage, phase = next_stage(stage, phase, STAGES)
 
 
@@ -101,22 +102,22 @@ def tile_slots(slots_ptr, first, rows, layout: gl.constexpr):
 
 
 @gluon.jit
-def row_offsets(slot, num_slots, row_stride8, topk, layout: gl.constexpr):
-    """Offsets of (T, 64) elements of x."""
+def row_offsets(slot, num_slots, row_stride16, topk, STEP: gl.constexpr, layout: gl.constexpr):
+    """Offsets of (T, STEP) elements of x, whose rows are row_stride16 times 16 bytes apart."""
     slot = gl.where((slot >= 0) & (slot < num_slots), slot, 0)
-    c = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
-    return gl.expand_dims((slot // topk).to(gl.int64) * (row_stride8.to(gl.int64) * 8), 1) + gl.expand_dims(
-        c, 0
-    )
+    c = gl.arange(0, STEP, layout=gl.SliceLayout(0, layout))
+    row_stride = row_stride16.to(gl.int64) * (STEP // 8)
+    return gl.expand_dims((slot // topk).to(gl.int64) * row_stride, 1) + gl.expand_dims(c, 0)
 
 
 @gluon.jit
-def gather_box(x, ptrs, depth8, k, EVEN_K: gl.constexpr, layout: gl.constexpr):
+def gather_box(x, ptrs, depth16, k, EVEN_K: gl.constexpr, layout: gl.constexpr):
     if EVEN_K:
         copy_rows(x, ptrs, cache_modifier=".cg")
     else:
-        c = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
-        mask = gl.expand_dims(k * 8 + c // 8 < depth8, 0)
+        STEP: gl.constexpr = x.shape[1]
+        c = gl.arange(0, STEP, layout=gl.SliceLayout(0, layout))
+        mask = gl.expand_dims(k * 8 + c // (STEP // 8) < depth16, 0)
         copy_rows(x, ptrs, mask=mask, cache_modifier=".cg")
 
 
@@ -134,8 +135,8 @@ def producer_gather(
     num_slots,
     num_n,
     num_k,
-    row_stride8,
-    depth8,
+    row_stride16,
+    depth16,
     topk,
     STAGES: gl.constexpr,
     EPILOGUE: gl.constexpr,
@@ -143,7 +144,9 @@ def producer_gather(
 ):
     num_row_tiles = gl.load(tiles_ptr)
     num_tiles = num_row_tiles * num_n
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    STEP: gl.constexpr = x_smem.shape[2]
+    # 16 bytes a thread.
+    layout: gl.constexpr = gl.BlockedLayout([1, STEP // 8], [4, 8], [4, 1], [1, 0])
     stage = 0
     phase = 0
     step = gl.num_programs(0)
@@ -152,11 +155,11 @@ def producer_gather(
     s0, s1, s2, s3, st = tile_slots(slots_ptr, f1, r1, layout)
     e2, f2, r2, n2 = find_tile(tiles_ptr, gl.program_id(0) + step, num_row_tiles, num_n)
     for tile in range(gl.program_id(0), num_tiles, step):
-        o0 = row_offsets(s0, num_slots, row_stride8, topk, layout)
-        o1 = row_offsets(s1, num_slots, row_stride8, topk, layout)
-        o2 = row_offsets(s2, num_slots, row_stride8, topk, layout)
-        o3 = row_offsets(s3, num_slots, row_stride8, topk, layout)
-        ot = row_offsets(st, num_slots, row_stride8, topk, layout)
+        o0 = row_offsets(s0, num_slots, row_stride16, topk, STEP, layout)
+        o1 = row_offsets(s1, num_slots, row_stride16, topk, STEP, layout)
+        o2 = row_offsets(s2, num_slots, row_stride16, topk, STEP, layout)
+        o3 = row_offsets(s3, num_slots, row_stride16, topk, STEP, layout)
+        ot = row_offsets(st, num_slots, row_stride16, topk, STEP, layout)
         expert, rows, tile_n = e1, r1, n1
         s0, s1, s2, s3, st = tile_slots(slots_ptr, f2, r2, layout)
         # Sums, because Triton doesn't see that ``e1 = e2`` changes from one iteration to the next.
@@ -164,21 +167,21 @@ def producer_gather(
         e2, f2, r2, n2 = find_tile(tiles_ptr, tile + 2 * step, num_row_tiles, num_n)
         before, has_tail = tail_start(rows)
         whole = gl.where(has_tail, before, rows)
-        x64 = view(x_smem, [STAGES * 4, 64, 64], x_smem.layout)
+        x64 = view(x_smem, [STAGES * 4, 64, STEP], x_smem.layout)
         for k in range(num_k):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             bar = full.index(stage)
-            mbarrier.expect(bar, 2 * 64 * 64 * 2)
-            load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * 64, EPILOGUE, STAGES)
-            base = x_ptr + k * 64
-            gather_box(x64.index(4 * stage), base + o0, depth8, k, EVEN_K, layout)
+            mbarrier.expect(bar, 128 * STEP_BYTES)
+            load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * STEP, EPILOGUE, STAGES)
+            base = x_ptr + k * STEP
+            gather_box(x64.index(4 * stage), base + o0, depth16, k, EVEN_K, layout)
             if whole > 64:
-                gather_box(x64.index(4 * stage + 1), base + o1, depth8, k, EVEN_K, layout)
+                gather_box(x64.index(4 * stage + 1), base + o1, depth16, k, EVEN_K, layout)
             if whole > 128:
-                gather_box(x64.index(4 * stage + 2), base + o2, depth8, k, EVEN_K, layout)
+                gather_box(x64.index(4 * stage + 2), base + o2, depth16, k, EVEN_K, layout)
             if whole > 192:
-                gather_box(x64.index(4 * stage + 3), base + o3, depth8, k, EVEN_K, layout)
+                gather_box(x64.index(4 * stage + 3), base + o3, depth16, k, EVEN_K, layout)
             if has_tail:
-                gather_box(tail_smem.index(stage), base + ot, depth8, k, EVEN_K, layout)
+                gather_box(tail_smem.index(stage), base + ot, depth16, k, EVEN_K, layout)
             async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)

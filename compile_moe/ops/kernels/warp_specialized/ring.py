@@ -7,17 +7,20 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 STAGES = 4  # of the ring
+STEP_BYTES = gl.constexpr(128)  # of each row, in a stage: what the swizzled layouts of shared memory hold
 COLUMNS = gl.constexpr(16)  # column tiles that a group of row tiles takes at a time
 
 
 @gluon.jit
-def allocate(dtype: gl.constexpr, STAGES: gl.constexpr, FULL_COUNT: gl.constexpr):
+def allocate(dtype: gl.constexpr, result_dtype: gl.constexpr, STAGES: gl.constexpr, FULL_COUNT: gl.constexpr):
     """Weights, tokens in boxes of 32, tails, space to transpose results in, and barriers; of each stage but one."""
-    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    w_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, 64], layout)
-    x_smem = gl.allocate_shared_memory(dtype, [8 * STAGES, 32, 64], layout)
-    tail_smem = gl.allocate_shared_memory(dtype, [STAGES, 32, 64], layout)
-    result_smem = gl.allocate_shared_memory(dtype, [2, 64, 64], layout)
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, dtype.primitive_bitwidth, 2)
+    STEP: gl.constexpr = STEP_BYTES * 8 // dtype.primitive_bitwidth
+    w_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, STEP], layout)
+    x_smem = gl.allocate_shared_memory(dtype, [8 * STAGES, 32, STEP], layout)
+    tail_smem = gl.allocate_shared_memory(dtype, [STAGES, 32, STEP], layout)
+    result_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    result_smem = gl.allocate_shared_memory(result_dtype, [2, 64, 64], result_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -86,7 +87,8 @@ def scratch(sorted_slots: Tensor, num_experts: int) -> Tensor:
 def scratch_if_needed(sorted_slots: Tensor, w: Tensor) -> Tensor | None:
     """Memory for the list where the kernels may be chosen for weights w (E, rows, depth)."""
     many = sorted_slots.size(0) >= WARP_SPECIALIZED_FROM * w.size(0)
-    if many and w.element_size() == 2 and device_limits(sorted_slots.device.index).warp_specialized:
+    has_kernels = w.element_size() == 2 or w.dtype is torch.float8_e4m3fn
+    if many and has_kernels and device_limits(sorted_slots.device.index).warp_specialized:
         return scratch(sorted_slots, w.size(0))
     return None
 

@@ -37,7 +37,9 @@ def scatter_gemm_kernel(
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
-    w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(x_desc.dtype, STAGES, 1)
+    w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(
+        x_desc.dtype, out_ptr.dtype.element_ty, STAGES, 1
+    )
     gl.warp_specialize(
         [
             (

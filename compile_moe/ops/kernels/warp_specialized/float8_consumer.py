@@ -1,0 +1,265 @@
+"""Consumers of 8-bit floating point: sums of each step added outside the tensor cores, scales, then as the others do.
+
+Hopper's tensor cores add products of such numbers with 14 bits only. So what they sum up is one step of the ring (128
+products), and float32 adds the steps.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from compile_moe.ops.kernels.warp_specialized.compat import view, warps_barrier
+from compile_moe.ops.kernels.warp_specialized.consumer import is_kind, weight_rows
+from compile_moe.ops.kernels.warp_specialized.ring import find_tile, next_stage
+from compile_moe.ops.kernels.warp_specialized.store import halves, row_slots, store_chunk
+
+
+@gluon.jit
+def scaled(
+    acc,
+    w_scale,
+    x_scale_ptr,
+    stride_xsm,
+    slots_ptr,
+    first,
+    rows,
+    num_slots,
+    topk,
+    T: gl.constexpr,
+    GATHER: gl.constexpr,
+):
+    """(64, T) sums times the scales of their weight rows and tokens."""
+    layout: gl.constexpr = acc.type.layout
+    t = gl.arange(0, T, layout=gl.SliceLayout(0, layout))
+    row = first + t
+    if GATHER:
+        slot = gl.load(slots_ptr + row, mask=t < rows, other=0)
+        row = gl.where((slot >= 0) & (slot < num_slots), slot, 0) // topk
+    x_scale = gl.load(x_scale_ptr + row.to(gl.int64) * stride_xsm, mask=t < rows, other=0.0)
+    w_scale = gl.convert_layout(w_scale, gl.SliceLayout(1, layout))
+    return acc * gl.expand_dims(w_scale, 1) * gl.expand_dims(x_scale, 0)
+
+
+@gluon.jit
+def store_scaled_chunk(
+    acc,
+    bias,
+    w_scale,
+    x_scale_ptr,
+    stride_xsm,
+    result_smem,
+    out_ptr,
+    slots_ptr,
+    first,
+    rows,
+    num_slots,
+    topk,
+    column8,
+    columns8,
+    EPILOGUE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    GATHER: gl.constexpr,
+    T: gl.constexpr,
+):
+    if rows > 0:
+        slot = row_slots(slots_ptr, first, rows, num_slots, T, EPILOGUE)
+        acc = scaled(
+            acc, w_scale, x_scale_ptr, stride_xsm, slots_ptr, first, rows, num_slots, topk, T, GATHER
+        )
+        store_chunk(acc, bias, result_smem, out_ptr, slot, rows, column8, columns8, EPILOGUE, HAS_BIAS, T)
+
+
+@gluon.jit
+def step_sums(w, x, T: gl.constexpr, layout: gl.constexpr):
+    zeros = gl.zeros([64, T], gl.float32, layout)
+    return warpgroup_mma(w, x.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def consume_float8_tile(
+    w_smem,
+    x_smem,
+    tail_smem,
+    result_smem,
+    full,
+    empty,
+    stage,
+    phase,
+    num_k,
+    bias,
+    w_scale,
+    x_scale_ptr,
+    stride_xsm,
+    out_ptr,
+    slots_ptr,
+    first,
+    rows,
+    num_slots,
+    topk,
+    column8,
+    columns8,
+    WHICH: gl.constexpr,
+    MAIN: gl.constexpr,
+    TAIL: gl.constexpr,
+    STAGES: gl.constexpr,
+    EPILOGUE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    GATHER: gl.constexpr,
+):
+    """One consumer's 64 weight rows times MAIN + TAIL tokens of a tile."""
+    # Sums of a step beside those of all steps: as many columns of them at a time as there are registers for.
+    PART: gl.constexpr = MAIN if MAIN < 128 else (64 if TAIL and MAIN == 256 else 128)
+    PARTS: gl.constexpr = MAIN // PART
+    STEP: gl.constexpr = x_smem.shape[2]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 32])
+    tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 32])
+    acc0 = gl.zeros([64, PART], gl.float32, layout)
+    if PARTS > 1:
+        acc1 = gl.zeros([64, PART], gl.float32, layout)
+    else:
+        acc1 = 0
+    if PARTS > 2:
+        acc2 = gl.zeros([64, PART], gl.float32, layout)
+        acc3 = gl.zeros([64, PART], gl.float32, layout)
+    else:
+        acc2 = 0
+        acc3 = 0
+    if TAIL:
+        tail = gl.zeros([64, 32], gl.float32, tail_layout)
+    else:
+        tail = 0
+    boxes = view(x_smem, [STAGES * (256 // PART), PART, STEP], x_smem.layout)
+    for _ in range(num_k):
+        mbarrier.wait(full.index(stage), phase)
+        if GATHER:
+            # cp.async wrote x through the generic proxy.
+            fence_async_shared()
+        w = w_smem.index(2 * stage + WHICH)
+        box = stage * (256 // PART)
+        sums = step_sums(w, boxes.index(box), PART, layout)
+        if PARTS > 1:
+            acc0 += warpgroup_mma_wait(0, deps=(sums,))
+            sums = step_sums(w, boxes.index(box + 1), PART, layout)
+        if PARTS > 2:
+            acc1 += warpgroup_mma_wait(0, deps=(sums,))
+            sums = step_sums(w, boxes.index(box + 2), PART, layout)
+            acc2 += warpgroup_mma_wait(0, deps=(sums,))
+            sums = step_sums(w, boxes.index(box + 3), PART, layout)
+        if TAIL and PARTS > 2:
+            # After the others: both at once don't fit the registers.
+            acc3 += warpgroup_mma_wait(0, deps=(sums,))
+            tail_sums = step_sums(w, tail_smem.index(stage), 32, tail_layout)
+            tail += warpgroup_mma_wait(0, deps=(tail_sums,))
+        elif TAIL:
+            tail_sums = step_sums(w, tail_smem.index(stage), 32, tail_layout)
+            sums, tail_sums = warpgroup_mma_wait(0, deps=(sums, tail_sums))
+            tail += tail_sums
+        else:
+            sums = warpgroup_mma_wait(0, deps=(sums,))
+        warps_barrier()
+        mbarrier.arrive(empty.index(stage), count=1)
+        if PARTS == 1:
+            acc0 += sums
+        elif PARTS == 2:
+            acc1 += sums
+        stage, phase = next_stage(stage, phase, STAGES)
+    for i in gl.static_range(MAIN // 64):
+        if PART == 64:
+            if i == 0:
+                chunk = acc0
+            elif i == 1:
+                chunk = acc1
+            elif i == 2:
+                chunk = acc2
+            else:
+                chunk = acc3
+        else:
+            if i < 2:
+                left, right = halves(acc0, 64, 64)
+            else:
+                left, right = halves(acc1, 64, 64)
+            if i % 2 == 0:
+                chunk = left
+            else:
+                chunk = right
+        store_scaled_chunk(
+            chunk, bias, w_scale, x_scale_ptr, stride_xsm, result_smem, out_ptr, slots_ptr,
+            first + 64 * i, rows - 64 * i, num_slots, topk, column8, columns8, EPILOGUE, HAS_BIAS, GATHER, 64,
+        )  # fmt: skip
+    if TAIL:
+        store_scaled_chunk(
+            tail, bias, w_scale, x_scale_ptr, stride_xsm, result_smem, out_ptr, slots_ptr,
+            first + MAIN, rows - MAIN, num_slots, topk, column8, columns8, EPILOGUE, HAS_BIAS, GATHER, 32,
+        )  # fmt: skip
+    return stage, phase
+
+
+@gluon.jit
+def float8_consumer(
+    w_smem,
+    x_smem,
+    tail_smem,
+    result_smem,
+    full,
+    empty,
+    out_ptr,
+    bias_ptr,
+    w_scale_ptr,
+    x_scale_ptr,
+    slots_ptr,
+    tiles_ptr,
+    num_slots,
+    num_n,
+    num_k,
+    columns8,
+    topk,
+    stride_be,
+    stride_bn,
+    stride_se,
+    stride_sn,
+    stride_xsm,
+    WHICH: gl.constexpr,
+    STAGES: gl.constexpr,
+    EPILOGUE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
+    GATHER: gl.constexpr,
+):
+    """Every tile of this program, as ``consumer`` does."""
+    num_row_tiles = gl.load(tiles_ptr)
+    num_tiles = num_row_tiles * num_n
+    stage = 0
+    phase = 0
+    result_smem = result_smem.index(WHICH)
+    WIDTH8: gl.constexpr = 4 if EPILOGUE == "gated" else 8
+    step = gl.num_programs(0)
+    e1, f1, r1, n1 = find_tile(tiles_ptr, gl.program_id(0), num_row_tiles, num_n)
+    for tile in range(gl.program_id(0), num_tiles, step):
+        expert, first, rows, tile_n = e1, f1, r1, n1
+        e1, f1, r1, n1 = find_tile(tiles_ptr, tile + step, num_row_tiles, num_n)
+        column8 = (2 * tile_n + WHICH) * WIDTH8
+        row_layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+        column, mask = weight_rows(column8, columns8, EPILOGUE, INTERLEAVED, row_layout)
+        scales = w_scale_ptr + expert.to(gl.int64) * stride_se
+        w_scale = gl.load(scales + column * stride_sn, mask=mask, other=0.0)
+        if HAS_BIAS:
+            biases = bias_ptr + expert.to(gl.int64) * stride_be
+            bias = gl.load(biases + column * stride_bn, mask=mask, other=0.0).to(gl.float32)
+        else:
+            bias = gl.zeros([64], gl.float32, row_layout)
+        for i in gl.static_range(6):
+            if is_kind(rows, i):
+                # 64, 128 or 256 tokens, without and with a tail.
+                stage, phase = consume_float8_tile(
+                    w_smem, x_smem, tail_smem, result_smem, full, empty, stage, phase, num_k,
+                    bias, w_scale, x_scale_ptr, stride_xsm,
+                    out_ptr, slots_ptr, first, rows, num_slots, topk, column8, columns8,
+                    WHICH, 64 << (i // 2), i % 2 == 1, STAGES, EPILOGUE, HAS_BIAS, GATHER,
+                )  # fmt: skip

@@ -1,0 +1,121 @@
+"""GEMM 2 on 8-bit floating point, a scale for each row and weight row or fewer, for many rows an expert on Hopper."""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from compile_moe.ops.kernels.launch import Launch
+from compile_moe.ops.kernels.quantized import operands
+from compile_moe.ops.kernels.warp_specialized import row_tiles
+from compile_moe.ops.kernels.warp_specialized.descriptors import num_programs, plain_weights, rows, step
+from compile_moe.ops.kernels.warp_specialized.float8_consumer import float8_consumer
+from compile_moe.ops.kernels.warp_specialized.producers import producer_tma
+from compile_moe.ops.kernels.warp_specialized.ring import STAGES, allocate
+from compile_moe.ops.kernels.warp_specialized.scatter_gemm import PRODUCER_REGISTERS, REGISTERS
+
+
+@gluon.jit(do_not_specialize=["num_slots", "num_n", "num_k", "columns8"])
+def float8_scatter_gemm_kernel(
+    out_ptr,  # (S, columns), slot order
+    x_desc,
+    x256_desc,
+    w_desc,
+    bias_ptr,
+    w_scale_ptr,
+    x_scale_ptr,
+    slots_ptr,
+    tiles_ptr,
+    num_slots,
+    num_n,
+    num_k,
+    columns8,
+    stride_be,
+    stride_bn,
+    stride_se,
+    stride_sn,
+    stride_xsm,
+    HAS_BIAS: gl.constexpr,
+    STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+):
+    w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(
+        x_desc.dtype, out_ptr.dtype.element_ty, STAGES, 1
+    )
+    gl.warp_specialize(
+        [
+            (
+                float8_consumer,
+                (
+                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
+                    slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, 1,
+                    stride_be, stride_bn, stride_se, stride_sn, stride_xsm,
+                    0, STAGES, "none", HAS_BIAS, False, False,
+                ),
+            ),
+            (
+                float8_consumer,
+                (
+                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
+                    slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, 1,
+                    stride_be, stride_bn, stride_se, stride_sn, stride_xsm,
+                    1, STAGES, "none", HAS_BIAS, False, False,
+                ),
+            ),
+            (
+                producer_tma,
+                (
+                    w_desc, x_desc, x256_desc, w_smem, x_smem, tail_smem, full, empty, tiles_ptr, num_n, num_k,
+                    STAGES, "none",
+                ),
+            ),
+        ],
+        [4, 4],
+        [REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
+
+
+def launches_for(
+    tiles: Tensor,
+    out: Tensor,
+    intermediate: Tensor,
+    intermediate_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    sorted_slots: Tensor,
+    expert_offsets: Tensor,
+    bias: Tensor | None,
+) -> tuple[Launch, Launch]:
+    """Row tiles, then the GEMM."""
+    num_slots, num_columns = out.shape
+    args = (
+        out,
+        rows(intermediate, 32),
+        rows(intermediate, 256),
+        plain_weights(w2),
+        out if bias is None else bias,
+        w2_scale,
+        intermediate_scale,
+        sorted_slots,
+        tiles,
+        num_slots,
+        triton.cdiv(num_columns, 128),
+        triton.cdiv(w2.size(2), step(w2)),
+        num_columns // 8,
+        *((0, 0) if bias is None else bias.stride()),
+        *operands.row_scale_strides(intermediate_scale, w2_scale),
+    )
+    options = {
+        "HAS_BIAS": bias is not None,
+        "STAGES": STAGES,
+        "REGISTERS": REGISTERS,
+        "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
+        "num_warps": 4,
+    }
+    return (
+        row_tiles.launch_for(tiles, expert_offsets, num_slots, w2.size(0)),
+        Launch(float8_scatter_gemm_kernel, (num_programs(out.device.index),), args, options),
+    )

@@ -1,0 +1,135 @@
+"""The warp-specialized GEMMs on 8-bit floating point: when they are chosen, what is launched, and results on Hopper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import compile_moe
+from compile_moe.ops import quantized_gather_gemm, quantized_scatter_gemm
+from compile_moe.ops.kernels.quantized import tiles
+from compile_moe.ops.kernels.quantized.tiles import candidates_for
+from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, WARP_SPECIALIZED_PAYS_FROM, DeviceLimits
+from compile_moe.ops.kernels.warp_specialized import row_tiles
+from compile_moe.ops.quantized_format import weight_format
+from compile_moe.quantization import SCHEMES
+from tests.support.launchers import launch
+from tests.support.quantized import Quantized, Variant, assert_as_accurate, make_quantized
+from tests.support.quantized_gemms import GEMMS, Gemms
+from tests.support.simulated_gpu import simulated_gpu
+from tests.support.warp_specialized import FLOAT8_LAYERS, launched, warp_specialized_wherever_possible
+
+HOPPER = DeviceLimits(227 * 1024, async_mma=True, warp_specialized=True)
+PER_ROW, PER_TENSOR = Variant("fp8_w8a8_channel"), Variant("fp8_w8a8_tensor")
+OPS = dict(zip(GEMMS, (quantized_gather_gemm, quantized_scatter_gemm), strict=True))
+#: Of both GEMMs, which here write zeros to slots that are skipped.
+KERNELS = [
+    kernel
+    for gemm in ("float8_gather_gemm_kernel", "float8_scatter_gemm_kernel")
+    for kernel in ("row_tiles_kernel", gemm, "zero_skipped_kernel")
+]
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (row_tiles, tiles):
+        monkeypatch.setattr(module, "device_limits", lambda index: HOPPER)
+
+
+def launch_both(q: Quantized) -> None:
+    for stage, arguments in Gemms(q).inputs.items():
+        launch(OPS[stage], *arguments)
+
+
+def test_who_can_run_it(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both schemes whose scales belong to whole rows, of sizes that the tensor memory accelerator reads."""
+
+    def last(scheme: str, k: int = 256, n: int = 128, dtype: torch.dtype = torch.float8_e4m3fn) -> Any:
+        x, w = torch.empty(64, k, dtype=dtype), torch.empty(4, n, k, dtype=dtype)
+        out = torch.empty(128, n, dtype=torch.bfloat16)
+        return candidates_for(x, w, out, weight_format(SCHEMES[scheme]().text), False)[-1]
+
+    assert last("fp8_w8a8_channel") == last("fp8_w8a8_tensor") == WARP_SPECIALIZED
+    assert last("fp8_w8a8_channel", k=272, n=136) == WARP_SPECIALIZED
+    assert last("fp8_w8a8_channel", k=264) != WARP_SPECIALIZED != last("fp8_w8a8_channel", n=132)
+    assert last("fp8_w8a8_block") != WARP_SPECIALIZED != last("int8_w8a8_channel", dtype=torch.int8)
+    monkeypatch.setattr(tiles, "device_limits", lambda index: HOPPER._replace(warp_specialized=False))
+    assert last("fp8_w8a8_channel") != WARP_SPECIALIZED
+
+
+@pytest.mark.parametrize("variant", [PER_ROW, PER_TENSOR], ids=["row", "tensor"])
+def test_launches(hopper: None, variant: Variant) -> None:
+    """A list of row tiles, then the GEMM, from as many rows as with 16 bits; other numbers of tokens load nothing."""
+    shape = {"K": 128, "I": 64, "E": 4, "topk": 2, "dtype": torch.bfloat16}
+    enough = WARP_SPECIALIZED_PAYS_FROM * 4 // 2
+    q, other, few = (make_quantized(variant, M=m, **shape) for m in (enough, enough + 88, enough - 1))
+    other.q1, other.q2 = few.q1, few.q2 = q.q1, q.q2
+    with simulated_gpu() as gpu:
+        launch_both(q)
+        assert gpu.launched == KERNELS
+        gpu.capturing = True
+        launch_both(q)
+        launch_both(other)
+        assert gpu.launched == KERNELS * 3
+        # Tokens of each call, and the weights that a descriptor is of.
+        assert gpu.arguments[1][1].size(0) == enough and gpu.arguments[13][1].size(0) == enough + 88
+        assert gpu.arguments[13][2].base is q.q1.weight
+        gpu.launched.clear()
+        gpu.capturing = False
+        launch_both(few)
+        assert gpu.launched == [f"{stage}_kernel" for stage in GEMMS]
+
+
+@pytest.fixture
+def always() -> Iterator[None]:
+    with warp_specialized_wherever_possible():
+        yield
+
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90"
+)
+
+
+def assert_runs_right(q: Quantized) -> None:
+    args, options = q.on_gpu()
+    first = compile_moe.fused_experts(*args, **options)
+    assert_as_accurate(first.cpu(), q)
+    assert {"float8_gather_gemm_kernel", "float8_scatter_gemm_kernel"} <= set(launched())
+    for _ in range(2):
+        assert torch.equal(compile_moe.fused_experts(*args, **options), first)
+
+
+@on_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", FLOAT8_LAYERS)
+def test_layer(case: str, always: None) -> None:
+    assert_runs_right(make_quantized(PER_ROW, **FLOAT8_LAYERS[case], dtype=torch.bfloat16))
+
+
+@on_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("static", ["", "one", "each"])
+def test_scales_of_tensors(static: str, always: None) -> None:
+    layer = {"M": 700, "K": 256, "I": 144, "E": 8, "biased": True}
+    assert_runs_right(make_quantized(PER_TENSOR, static=static, **layer, dtype=torch.float16))
+
+
+@on_hopper
+@pytest.mark.gpu
+def test_replays_with_other_routing(always: None) -> None:
+    q = make_quantized(PER_ROW, M=1024, K=256, I=128, E=8, dtype=torch.bfloat16)
+    args, options = q.on_gpu()
+    compile_moe.fused_experts(*args, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = compile_moe.fused_experts(*args, **options)
+    for ids in (torch.randint(0, 8, (1024, 2)), torch.full((1024, 2), 3), torch.full((1024, 2), -1)):
+        q.layer.topk_ids.copy_(ids)
+        args[4].copy_(ids)
+        out.fill_(torch.nan)
+        graph.replay()
+        assert_as_accurate(out.cpu(), q)
