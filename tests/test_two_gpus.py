@@ -172,17 +172,18 @@ def _overlap(rank: int, num_ranks: int, seed: int) -> None:
             "compiled": torch.compile(in_order, fullgraph=True, options=OVERLAP),
         }
         expected = in_order()
-        shares = {}
+        beside: dict[str, float] = {}
         for name, way in ways.items():
             torch.testing.assert_close(way(), expected, rtol=2e-2, atol=2e-2)
             way()
-            total, shared = travelling(way, lambda: dist.all_reduce(torch.zeros(1, device="cuda")))
-            shares[name] = shared / total
-            print(
-                f"rank {rank}, {type(parts).__name__}, {name}: {total:.0f} µs of NCCL, {shared:.0f} beside others"
-            )
-        assert shares["in steps"] > shares["in order"] + 0.1, shares
-        assert shares["compiled"] > shares["in order"] + 0.1, shares
+            # What NCCL's kernels wait for the other rank counts, too: the best of some.
+            shares = [
+                travelling(way, lambda: dist.all_reduce(torch.zeros(1, device="cuda"))) for _ in range(3)
+            ]
+            beside[name] = max(shared for _, shared in shares)
+            print(f"rank {rank}, {type(parts).__name__}, {name}: of µs of NCCL, beside others: {shares}")
+        # A GEMM of the shared expert takes 70 µs on an H200.
+        assert beside["in order"] < 10 and min(beside["in steps"], beside["compiled"]) > 30, beside
 
 
 def _of_all(number: int) -> list[Any]:
