@@ -185,13 +185,17 @@ def reserved_by(prepare: Callable[[], Callable[[], Any]]) -> int:
 
 def reserved_eagerly_and_by_graphs(module: Any, tokens: list[Tensor], mode: str) -> tuple[int, int]:
     """Bytes for the largest of ``tokens`` eagerly, and for graphs of all of them."""
-    torch._dynamo.reset()  # the pool of graphs before would serve these, too
-    compiled = torch.compile(
-        module,
-        fullgraph=True,
-        mode="reduce-overhead" if mode != "captured" else None,
-        dynamic=len(tokens) > 1,
-    )
+
+    def compiled_anew() -> Any:
+        torch._dynamo.reset()  # the pool of graphs before would serve these, too
+        return torch.compile(
+            module,
+            fullgraph=True,
+            mode="reduce-overhead" if mode != "captured" else None,
+            dynamic=len(tokens) > 1,
+        )
+
+    compiled = compiled_anew()
     stream = torch.cuda.Stream()
     pool = torch.cuda.MemPool()  # with nothing left in it by others, like a graph's
     for x in tokens:
@@ -210,15 +214,13 @@ def reserved_eagerly_and_by_graphs(module: Any, tokens: list[Tensor], mode: str)
     def graphs() -> Callable[[], Any]:
         return capture(lambda: compiled(tokens[0]), stream) if mode == "captured" else all_sizes
 
-    # Kernels are compiled and loaded beforehand.
+    # Kernels are compiled and loaded beforehand. Inductor measures variants of its own at first, with a buffer as large
+    # as the L2 cache, which the pool of graphs then keeps.
     with torch.cuda.stream(stream):
         module(tokens[0])
-    if mode == "captured":
-        all_sizes()
-    else:
-        # Also inductor's, which measures variants of its kernels at first, with a buffer as large as the L2 cache.
-        for x in tokens:
-            torch.compile(module, fullgraph=True, dynamic=len(tokens) > 1)(x)
+    all_sizes()
+    if mode != "captured":
+        compiled = compiled_anew()
     return reserved_by(lambda: eager), reserved_by(graphs)
 
 

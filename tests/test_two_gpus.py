@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from compile_moe import (
     AllGatherPrepareAndFinalize,
@@ -184,6 +187,27 @@ def _overlap(rank: int, num_ranks: int, seed: int) -> None:
             print(f"rank {rank}, {type(parts).__name__}, {name}: of µs of NCCL, beside others: {shares}")
         # A GEMM of the shared expert takes 70 µs on an H200.
         assert beside["in order"] < 10 and min(beside["in steps"], beside["compiled"]) > 30, beside
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_a_rank_that_hangs(seeded: int, tmp_path: Path) -> None:
+    """NCCL's watchdog ends the process that waits for it, when the group's timeout is over."""
+    with pytest.raises(ProcessExitedException):
+        spawn(_wait_for_nobody, 2, tmp_path, seeded, backend="nccl")
+
+
+def _wait_for_nobody(rank: int, num_ranks: int, seed: int) -> None:
+    group = dist.new_group(timeout=datetime.timedelta(seconds=5))
+    parts = AllGatherPrepareAndFinalize(ExpertPlacement.linear(6, num_ranks), group, num_tokens="equal")
+    case = Case("all_gather_equal", "linear", "even", device="cuda")
+    shard = make_shard(case, rank, num_ranks, parts=parts)
+    shard.check(shard.kernel(*shard.args, **shard.options))
+    if rank == 0:
+        shard.kernel(*shard.args, **shard.options)
+        torch.cuda.synchronize()
+    time.sleep(100)
+    raise AssertionError("waited for longer than the timeout")
 
 
 def _of_all(number: int) -> list[Any]:

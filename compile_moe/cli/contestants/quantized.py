@@ -15,8 +15,10 @@ from compile_moe.cli.contestants.expert_weights import ExpertWeights
 from compile_moe.quantization import SCHEMES
 
 NAMES = tuple(sorted(SCHEMES))
-#: Between the GEMMs, numbers that differ in their last bit may be quantized to different neighbours.
 _MOST_ERROR = 2e-2
+#: Between the GEMMs, numbers that differ in their last bit may be quantized to different neighbours: in float8, a 16th
+#: apart. Of the worst token of a batch, plain PyTorch in bfloat16 and the CPU ops differ by 3.4e-2 (K 2048, I 768).
+_MOST_ERROR_OF_QUANTIZED_TOKENS = 6e-2
 
 
 def make(scheme: str, weights: ExpertWeights) -> Contestant:
@@ -54,6 +56,8 @@ def make(scheme: str, weights: ExpertWeights) -> Contestant:
         arguments,
         torch.compile(experts, fullgraph=True),
         reference=reference,
-        most_error=_MOST_ERROR,
+        most_error=_MOST_ERROR
+        if SCHEMES[scheme]().token_scaling is None
+        else _MOST_ERROR_OF_QUANTIZED_TOKENS,
         expert_bytes=sum(t[0].numel() * t.element_size() for t in tensors),
     )
