@@ -63,6 +63,14 @@ def test_a_token_travels_once_to_each_rank() -> None:
     assert result.imbalance == 1
 
 
+def test_or_to_all_ranks() -> None:
+    gathered, sent = (layer(4, exchange=exchange) for exchange in ("all_gather", "all_to_all"))
+    links = LINKS._replace(node_size=4)
+    near = layer(4, exchange="all_gather", links=links)
+    assert near.dispatch == pytest.approx(1e-6 + 3 * 50 * 200 / 1e9) == near.combine
+    assert gathered.dispatch > sent.dispatch and gathered.imbalance == sent.imbalance
+
+
 @pytest.mark.parametrize("num_ranks", [2, 8, 32])
 def test_skew_makes_one_rank_busy(num_ranks: int) -> None:
     even, skewed = (layer(num_ranks, tokens=400, skew=skew) for skew in (0.0, 2.0))
@@ -130,6 +138,7 @@ def test_the_table_and_the_picture(tmp_path: Path) -> None:
         (("--node-latency", "-1"), "--node-latency must not be negative, got -1"),
         (("--skew", "nan"), "--skew must not be negative, got nan"),
         (("--dispatch", "int3"), "--dispatch must be of bfloat16, float8, got int3"),
+        (("--exchange", "mail"), "--exchange must be of all_to_all, all_gather, got mail"),
         (("--kernels", "missing.json"), "--kernels missing.json can't be read"),
         (("--plot", "ranks.txt"), "--plot must name a file"),
     ],

@@ -164,8 +164,8 @@ def test_warp_specialized_float8(case: str) -> None:
             tiles, out, rows, scales[1], w2, w_scales[1], slots, offsets, bias2
         ),
     ):
-        # Sums of a step, beside those of all, leave few registers.
-        compiled = compile_launch(launch, 90, spills=64)
+        # Sums of a step beside those of all: up to 52 bytes with Triton 3.6, 92 with 3.9.
+        compiled = compile_launch(launch, 90, spills=128)
         assert compiled.has_wgmma == ("gemm" in launch.kernel.__name__)
 
 

@@ -42,7 +42,7 @@ from compile_moe.cli.rank_timing import (
 )
 from compile_moe.cli.refusal import Refusal, write_whole, writing
 from compile_moe.cli.routing import draw_ids, log_popularities
-from compile_moe.cli.simulate import SLOT_BYTES, named_experts
+from compile_moe.cli.simulate import EXCHANGES, SLOT_BYTES, named_experts
 from compile_moe.cli.simulate_cost import Kernels, Links, kernels_of_points, layer_work, simulate_layer
 from compile_moe.cli.timing import measure_ceilings
 from compile_moe.cli.tune_inputs import ACTIVATIONS, Experts, make_weights
@@ -290,9 +290,11 @@ class _RanksBench:
             )
         raw_there, raw_back = (seconds_together([call] * _BATCHES, self.ranks, graph) for call in raw)
         simulated = None
-        if dispatch == "all_to_all":
+        if dispatch in EXCHANGES:
             costs = self.options.skew, kernels, links, sent_bytes, row_bytes, x.element_size()
-            simulated = simulate_layer(self.experts, size, tokens, *costs, self.options.seed).seconds
+            simulated = simulate_layer(
+                self.experts, size, tokens, *costs, self.options.seed, dispatch
+            ).seconds
         return RanksMeasurement(
             dispatch,
             tokens,

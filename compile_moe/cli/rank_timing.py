@@ -127,7 +127,8 @@ def busiest_bytes(num_sent: Tensor, row_bytes: int) -> int:
 def measure_links(ranks: Ranks) -> tuple[float, float]:
     """Seconds of an exchange of nearly nothing, and bytes/s that a rank sends to the others, of a large one."""
     each = torch.ones(ranks.size, ranks.size, dtype=torch.int64)
-    latency = seconds_together([all_to_all(each, 16, ranks)], ranks)
-    row_bytes = 2**26 if ranks.device.type == "cuda" else 2**20
-    seconds = seconds_together([all_to_all(each, row_bytes, ranks)], ranks)
+    on_gpus = ranks.device.type == "cuda"
+    latency = seconds_together([all_to_all(each, 16, ranks)] * 4, ranks, on_gpus)
+    row_bytes = 2**26 if on_gpus else 2**20
+    seconds = seconds_together([all_to_all(each, row_bytes, ranks)] * 4, ranks, on_gpus)
     return latency, busiest_bytes(each, row_bytes) / max(seconds - latency, 1e-9)

@@ -19,6 +19,7 @@ from compile_moe.cli.tune_inputs import Experts, experts_of_model, experts_of_si
 
 #: Bytes of an element.
 DTYPES = {"bfloat16": 2.0, "float8": 1.0}
+EXCHANGES = "all_to_all", "all_gather"
 #: What a token's expert id (int32) and weight (float32) take.
 SLOT_BYTES = 8
 
@@ -37,6 +38,7 @@ class SimulateOptions:
     ranks: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
     tokens: int = 128
     skews: tuple[float, ...] = (0.0, 0.5, 1.0)
+    exchange: str = "all_to_all"
     dispatch: str = "bfloat16"
     weights: str = "bfloat16"
     kernels: Path | None = None
@@ -67,7 +69,7 @@ def run_simulate(options: SimulateOptions) -> None:
         check_ranks(num_ranks, experts.shape.num_experts)
     kernels = _kernels(options)
     layers = simulate(options, experts, kernels)
-    heading = f"{name}, {options.tokens} tokens a rank, dispatched in {options.dispatch}"
+    heading = f"{name}, {options.tokens} tokens a rank, {options.exchange} in {options.dispatch}"
     Console(width=None if Console().is_terminal else 110).print(table(heading, options, kernels, layers))
     if options.plot is not None:
         try:
@@ -101,6 +103,7 @@ def simulate(options: SimulateOptions, experts: Experts, kernels: Kernels) -> li
             hidden_size * DTYPES["bfloat16"],
             DTYPES[options.weights],
             options.seed,
+            options.exchange,
         )
         for skew in options.skews
         for num_ranks in options.ranks
@@ -214,3 +217,5 @@ def _check(options: SimulateOptions) -> None:
     for option, dtype in (("--dispatch", options.dispatch), ("--weights", options.weights)):
         if dtype not in DTYPES:
             raise Refusal(f"{option} must be of {', '.join(DTYPES)}, got {dtype}")
+    if options.exchange not in EXCHANGES:
+        raise Refusal(f"--exchange must be of {', '.join(EXCHANGES)}, got {options.exchange}")

@@ -38,6 +38,12 @@ def simulate_command(
             help="Exponents, separated by commas: the r-th most popular expert is chosen as often as r ** -skew."
         ),
     ] = ",".join(map("{:g}".format, SimulateOptions.skews)),
+    exchange: Annotated[
+        str,
+        typer.Option(
+            help="all_to_all: a token travels to each rank that has an expert of it; all_gather: to all ranks."
+        ),
+    ] = SimulateOptions.exchange,
     dispatch: Annotated[
         str, typer.Option(help=f"What tokens travel in: {', '.join(DTYPES)}. Results come back in bfloat16.")
     ] = SimulateOptions.dispatch,
@@ -78,7 +84,7 @@ def simulate_command(
 ) -> None:
     """Estimate a layer whose experts lie on many ranks: numbers, no GPUs.
 
-    Every token travels once to each rank that has an expert of it, and one sum of each comes back; nothing overlaps.
+    A sum comes back from each rank that a token travelled to; nothing overlaps.
     What the defaults say of links and kernels is nominal (H100, NVLink, 400 Gb/s network), not measured.
     """
     sizes = sizes_by_option(hidden_size, intermediate_size, num_experts, topk)
@@ -91,6 +97,7 @@ def simulate_command(
                 ranks=numbers(ranks),
                 tokens=tokens,
                 skews=exponents(skew),
+                exchange=exchange,
                 dispatch=dispatch,
                 weights=weights,
                 kernels=kernels,

@@ -134,11 +134,13 @@ def simulate_layer(
     combined_bytes: float,
     weight_bytes: float,
     seed: int,
+    exchange: str = "all_to_all",
 ) -> Layer:
     """One layer of ``num_ranks`` ranks with ``tokens`` tokens each, none of whose parts overlap.
 
     Experts lie on the ranks in order; with more ranks than experts, each has as many copies, which take tokens in turn.
-    A token travels once to each rank that has an expert of it, and one sum of each of them comes back.
+    By "all_to_all" a token travels once to each rank that has an expert of it, and one sum of each of them comes back;
+    by "all_gather" to all ranks, which all have a sum.
 
     Args:
         skew: the r-th most popular expert is chosen as often as r ** -skew; which one that is, is random.
@@ -159,7 +161,7 @@ def simulate_layer(
         place = ids * copies + turn
         rows += torch.bincount(place.flatten(), minlength=len(rows))
         target = torch.nn.functional.one_hot(place // on_a_rank, num_ranks).amax(1)
-        travelling[source] = target.sum(0)
+        travelling[source] = tokens if exchange == "all_gather" else target.sum(0)
     of_rank = rows.view(num_ranks, on_a_rank)
     works = [
         layer_work(

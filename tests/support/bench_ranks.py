@@ -26,7 +26,7 @@ def measure_on_ranks(rank: int, num_ranks: int, seed: int) -> None:
     for m in results.measurements:
         assert m.replayed is None and m.layer == m.eager > 0 and m.alone > 0 and m.dispatch > 0
         assert m.raw_dispatch > 0 and m.raw_combine > 0 and m.error < 1e-4
-        assert (m.simulated is None) == (m.dispatch_by != "all_to_all")
+        assert (m.simulated is None) == (m.dispatch_by == "batched")
         if m.dispatch_by == "batched":
             assert m.dispatch_bytes == m.combine_bytes and m.dispatch_bytes % (K * 4 * 4) == 0
             continue

@@ -1,4 +1,5 @@
-"""The two GEMMs for many rows an expert on Hopper: warp-specialized persistent kernels, in Gluon.
+"""The two GEMMs for many rows an expert on Hopper: warp-specialized persistent kernels, in Gluon, on 16-bit numbers and
+8-bit floating point.
 
 Both compute the product transposed: the left operand of the tensor cores is 64 weight rows for each of two consumer
 warpgroups, the right one up to 256 tokens, which can be any multiple of 8. So a tile can have a tail: an expert with a
