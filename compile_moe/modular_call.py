@@ -31,7 +31,8 @@ from compile_moe.ops.problem_size import (
 class Arguments:
     """What :meth:`compile_moe.FusedMoEModularKernel.forward` takes.
 
-    Not a tuple: on those made in code that it traces, dynamo of torch 2.11 hides an error behind one of its own.
+    A call replaces DTensor weights in it. Not a tuple: on those made in code that it traces, dynamo of torch 2.11 hides
+    an error behind one of its own.
     """
 
     hidden_states: Tensor

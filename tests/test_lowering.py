@@ -81,6 +81,24 @@ def quantize(x: Tensor, per: str) -> tuple[Tensor, ...]:
     return (rows / scales).to(torch.float8_e4m3fn).view(x.shape), scales.squeeze(-1)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_slots_of_other_ranks_are_not_loaded(mapped: bool) -> None:
+    """Their rows are masked by what the map says. Without a map few slots are skipped: rows are loaded at once."""
+
+    def finalize(out: Tensor, weights: Tensor, ids: Tensor, expert_map: Tensor) -> Tensor:
+        return weight_and_reduce(out, weights, ids, expert_map if mapped else None, 4, True)
+
+    def make() -> list[Tensor]:
+        routing = cuda_empty(16, 2, dtype=torch.float32), cuda_empty(16, 2, dtype=torch.int64)
+        return [cuda_empty(16, 2, 256), *routing, cuda_empty(8, dtype=torch.int32)]
+
+    code = generated_kernels(finalize, make).code
+    loads = [line for line in code.splitlines() if "tl.load(in_ptr" in line and ".to(tl.float32)" in line]
+    assert len(loads) == 2, "a row of each slot"
+    masks = [line.split("), ", 1)[1].split(", ")[0] for line in loads]
+    assert all((("tmp" in mask) is mapped) for mask in masks), masks
+
+
 @pytest.mark.parametrize(
     ("topk", "dynamic"), [*((topk, True) for topk in (1, 2, 4, 6, 8, 10, 16)), (1, False), (16, False)]
 )

@@ -67,6 +67,7 @@ def test_what_the_memory_accelerator_reads() -> None:
 
     x, w, out = empty(64, 128), empty(4, 64, 128), empty(96, 32)
     assert has_boxes(x, w, out)
+    assert not has_boxes(x.to(torch.float8_e4m3fn), w, out)
     assert not has_boxes(x.float(), w.float(), out.float())
     assert not has_boxes(x, empty(4, 128, 64).mT, out)
     assert not has_boxes(empty(64, 132)[:, :128], w, out)

@@ -10,6 +10,7 @@ import torch
 
 import compile_moe
 from compile_moe.ops import quantized_gather_gemm, quantized_scatter_gemm
+from compile_moe.ops.kernels.launch import loading_everything
 from compile_moe.ops.kernels.quantized import tiles
 from compile_moe.ops.kernels.quantized.tiles import candidates_for
 from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, WARP_SPECIALIZED_PAYS_FROM, DeviceLimits
@@ -81,6 +82,20 @@ def test_launches(hopper: None, variant: Variant) -> None:
         gpu.capturing = False
         launch_both(few)
         assert gpu.launched == [f"{stage}_kernel" for stage in GEMMS]
+
+
+@pytest.mark.parametrize("m", [0, 1])
+def test_the_warm_up_loads_them(hopper: None, m: int) -> None:
+    shape = {"K": 128, "I": 64, "E": 4, "topk": 2, "dtype": torch.bfloat16}
+    first, many = (make_quantized(PER_ROW, M=tokens, **shape) for tokens in (m, 300))
+    many.q1, many.q2 = first.q1, first.q2
+    with simulated_gpu() as gpu:
+        with loading_everything():
+            launch_both(first)
+        gpu.capturing = True
+        gpu.launched.clear()
+        launch_both(many)
+        assert gpu.launched == KERNELS
 
 
 @pytest.fixture

@@ -52,14 +52,14 @@ def weighted_sum(
             def load(j: Any = j) -> Any:
                 return ops.to_dtype(load_term(token, j, column), compute_dtype)
 
-            zero = ops.constant(0.0, compute_dtype)
-            skips_load = is_valid is not None and many_invalid
-            term = ops.masked(is_valid(token, j), load, 0.0) if skips_load else load()  # type: ignore[misc]
+            valid = None if is_valid is None else is_valid(token, j)
+            skips_load = valid is not None and many_invalid
+            term = ops.masked(valid, load, 0.0) if skips_load else load()
             if apply_weights:
                 term = ops.mul(term, ops.to_dtype(load_weight([token, j]), compute_dtype))
-            if is_valid is not None:
-                # Selects, so that nothing of an unwritten slot, not even NaN, gets through.
-                term = ops.where(is_valid(token, j), term, zero)
+            if valid is not None and (apply_weights or not skips_load):
+                # Selects, so that nothing of an unwritten slot, nor a weight of it, not even NaN, gets through.
+                term = ops.where(valid, term, ops.constant(0.0, compute_dtype))
             total = term if total is None else ops.add(total, term)
         return ops.to_dtype(total, dtype)
 

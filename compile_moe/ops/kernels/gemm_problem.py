@@ -82,14 +82,15 @@ def gemm_problem(
 
 
 def has_boxes(x: Tensor, w: Tensor, out: Tensor) -> bool:
-    """Whether the tensor memory accelerator, or loads of 16 bytes, read x (rows, depth) and w (E, rows, depth), and out
-    (S, columns) is written 16 bytes at a time: elements of 16 bits (of x and w also 8), rows in one piece, sizes and
-    strides in multiples of 16 bytes, and nothing expanded.
+    """Whether the tensor memory accelerator, or loads of 16 bytes, read x (rows, depth) and w (E, rows, depth) of x's
+    dtype, and out (S, columns) is written 16 bytes at a time: elements of 16 bits (of x and w also 8), rows in one
+    piece, sizes and strides in multiples of 16 bytes, and nothing expanded.
     """
     sizes = [size * x.element_size() for size in (row_stride(x), *w.stride()[:-1], w.size(2))]
     sizes.append(out.size(1) * out.element_size())
     return (
-        x.element_size() <= out.element_size() == 2
+        x.dtype is w.dtype
+        and x.element_size() <= out.element_size() == 2
         and x.stride(1) == w.stride(2) == 1
         and all(size % 16 == 0 and size > 0 for size in sizes)
         and all(t.data_ptr() % 16 == 0 for t in (x, w, out))

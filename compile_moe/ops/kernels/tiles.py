@@ -100,7 +100,8 @@ def device_limits(device_index: int | None) -> DeviceLimits:
 
 
 #: The tile of the warp-specialized kernels, the rows of an average expert from which they may be chosen, and those from
-#: which they are unless something else was tuned: at 64 they were slower than other tiles, at 128 faster (on an H100).
+#: which they are unless something else was tuned: at 64 they were slower than other tiles, at 128 faster (16-bit ones,
+#: on an H100).
 WARP_SPECIALIZED = Tile(256, 128, 64, 4, 4, warp_specialized=True)
 WARP_SPECIALIZED_FROM = 64
 WARP_SPECIALIZED_PAYS_FROM = 128

@@ -23,11 +23,7 @@ def candidates_for(
     limits = device_limits(out.device.index)
     tiles = tile_candidates(x.element_size(), w.element_size(), out.size(1), weight_format, gated, limits)
     is_special = (
-        limits.warp_specialized
-        and may_be_warp_specialized(weight_format, w)
-        and x.dtype is w.dtype
-        and out.element_size() == 2
-        and has_boxes(x, w, out)
+        limits.warp_specialized and may_be_warp_specialized(weight_format, w) and has_boxes(x, w, out)
     )
     return (*tiles, WARP_SPECIALIZED) if is_special else tiles
 

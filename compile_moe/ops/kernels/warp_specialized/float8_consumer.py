@@ -248,7 +248,7 @@ def float8_consumer(
         row_layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
         column, mask = weight_rows(column8, columns8, EPILOGUE, INTERLEAVED, row_layout)
         scales = w_scale_ptr + expert.to(gl.int64) * stride_se
-        w_scale = gl.load(scales + column * stride_sn, mask=mask, other=0.0)
+        w_scale = gl.load(scales + column.to(gl.int64) * stride_sn, mask=mask, other=0.0)
         if HAS_BIAS:
             biases = bias_ptr + expert.to(gl.int64) * stride_be
             bias = gl.load(biases + column * stride_bn, mask=mask, other=0.0).to(gl.float32)
