@@ -19,9 +19,9 @@ TOPKS = (1, 2, 4, 6, 8, 10, 16)
 class Blocks(torch.nn.Module):
     """One block for every topk on the same tokens and weights: one compilation for all."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, topks: tuple[int, ...]) -> None:
         super().__init__()
-        self.blocks = torch.nn.ModuleList(FusedBlock(replace(block, topk=topk)) for topk in TOPKS)
+        self.blocks = torch.nn.ModuleList(FusedBlock(replace(block, topk=topk)) for topk in topks)
 
     def forward(self, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         return [block(x) for block in self.blocks]
@@ -31,7 +31,9 @@ class Blocks(torch.nn.Module):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_topk(activation: str, dtype: str, device: str) -> None:
     block = make_block(dtype=DTYPES[dtype], device=device, activation=activation)
+    # Those between differ in nothing but how often a term is added, which float32 sees; compiling for a CPU is slow.
+    topks = (1, 6, 16) if device == "cpu" and dtype != "fp32" else TOPKS
     with torch.no_grad():
-        compiled = torch.compile(Blocks(block), fullgraph=True)
-        for topk, results in zip(TOPKS, compiled(block.hidden_states), strict=True):
+        compiled = torch.compile(Blocks(block, topks), fullgraph=True)
+        for topk, results in zip(topks, compiled(block.hidden_states), strict=True):
             assert_block_as_accurate(results, replace(block, topk=topk))

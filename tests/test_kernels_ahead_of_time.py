@@ -134,7 +134,6 @@ def test_warp_specialized(case: str) -> None:
 FLOAT8 = {
     "plain": (2048, 768, "silu", False, False),
     "interleaved-biased, scale of a tensor": (2880, 2880, "swigluoai", True, True),
-    "ungated, odd sizes": (1008, 496, "relu2_no_mul", False, False),
 }
 
 

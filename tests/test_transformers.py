@@ -97,7 +97,7 @@ def test_one_compile_for_all_prompt_lengths(family: str, device: str) -> None:
     model = tiny_model(family).to(device)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    prompts = [prompt(device, length=length) for length in (7, 2, 3, 40, 100)]
+    prompts = [prompt(device, length=length) for length in (7, 2, 100)]
     torch._dynamo.mark_dynamic(prompts[0], 1)
     # What aot_eager makes of attention and norms is in both.
     peer = torch.compile(with_experts(model, "batched_mm"), fullgraph=True, backend="aot_eager")

@@ -50,7 +50,7 @@ def test_gemms(variant: str, case: str) -> None:
     check(VARIANTS[variant], **CASES[case])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", DEFAULTS)
 def test_steps_along_k(variant: str, dtype: torch.dtype) -> None:
     """Several steps of the loop, the last one cut off where the scheme allows it."""
@@ -102,7 +102,7 @@ def test_static_token_scales(static: str) -> None:
 
 
 @pytest.mark.parametrize("block_m", [16, 32, 64, 128])
-@pytest.mark.parametrize("variant", DEFAULTS)
+@pytest.mark.parametrize("variant", ["fp8_w8a8_block-default", "int8_w8a16-default", "int4_w4a16-default"])
 def test_every_row_tile(variant: str, block_m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "_ROW_TILES", (block_m,))
     tiles.tile_candidates.cache_clear()
@@ -113,10 +113,10 @@ def test_every_row_tile(variant: str, block_m: int, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("offsets", [[0, 90, 3, -5], [7, 6, 5, 4], [-(2**31), 2**31 - 1, 2, 99]], ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", DEFAULTS)
 def test_in_bounds_whatever_the_sort_says(variant: str, offsets: list[int]) -> None:
     """The bounds checks of the interpreter raise on any access outside the arguments."""
-    gemms = Gemms(make_quantized(VARIANTS[variant], M=4, E=3, biased=True))
+    gemms = Gemms(make_quantized(DEFAULTS[variant], M=4, E=3, biased=True))
     slots = torch.tensor([0, -7, 99, 2**31 - 1, 3, 4, 5, 7], dtype=torch.int32)
     bounds = torch.tensor(offsets, dtype=torch.int32)
     for stage, arguments in gemms.inputs.items():
