@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import jit
 
-from compile_moe.ops.kernels.epilogue import build_epilogue, with_globals
 from compile_moe.ops.kernels.launch import Launch
 from compile_moe.ops.kernels.quantized import operands
 from compile_moe.ops.kernels.warp_specialized import float8_consumer as consumers
-from compile_moe.ops.kernels.warp_specialized import row_tiles, store
+from compile_moe.ops.kernels.warp_specialized import row_tiles
 from compile_moe.ops.kernels.warp_specialized.descriptors import (
     gated_weights,
     num_programs,
@@ -23,9 +18,9 @@ from compile_moe.ops.kernels.warp_specialized.descriptors import (
 )
 from compile_moe.ops.kernels.warp_specialized.float8_consumer import float8_consumer
 from compile_moe.ops.kernels.warp_specialized.gather_gemm import (
-    DO_NOT_SPECIALIZE,
     PRODUCER_REGISTERS,
     REGISTERS,
+    with_epilogue,
 )
 from compile_moe.ops.kernels.warp_specialized.producers import producer_gather
 from compile_moe.ops.kernels.warp_specialized.ring import STAGES, allocate
@@ -96,22 +91,6 @@ def float8_gather_gemm_kernel(
     )  # fmt: skip
 
 
-@functools.cache
-def with_epilogue(body: str) -> Any:
-    """As ``gather_gemm.with_epilogue``."""
-    replaced: dict[str, Any] = {"epilogue": build_epilogue(body)} if body else {}
-    for module, name in (
-        (store, "finish"),
-        (store, "store_chunk"),
-        (consumers, "store_scaled_chunk"),
-        (consumers, "consume_float8_tile"),
-        (consumers, "float8_consumer"),
-    ):
-        replaced[name] = jit(with_globals(getattr(module, name).fn, replaced))
-    kernel = with_globals(float8_gather_gemm_kernel, replaced)
-    return jit(kernel, do_not_specialize=list(DO_NOT_SPECIALIZE))
-
-
 def launches_for(
     tiles: Tensor,
     out: Tensor,
@@ -159,7 +138,9 @@ def launches_for(
         "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
         "num_warps": 4,
     }
+    names = ("store_scaled_chunk", "consume_float8_tile", "float8_consumer")
+    kernel = with_epilogue(float8_gather_gemm_kernel, consumers, names, epilogue_body)
     return (
         row_tiles.launch_for(tiles, expert_offsets, num_slots, w1.size(0)),
-        Launch(with_epilogue(epilogue_body), (num_programs(out.device.index),), args, options),
+        Launch(kernel, (num_programs(out.device.index),), args, options),
     )

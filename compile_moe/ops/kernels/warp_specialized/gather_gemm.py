@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 from typing import Any
 
 import triton
@@ -82,20 +83,19 @@ def gather_gemm_kernel(
 
 
 @functools.cache
-def with_epilogue(body: str) -> Any:
-    """The kernel, of which every function from ``store.finish`` up calls the epilogue with ``body``.
+def with_epilogue(kernel: Any, consumers: ModuleType, names: tuple[str, ...], body: str) -> Any:
+    """A kernel, of which every function from ``store.finish`` up calls the epilogue with ``body``.
 
     An empty body leaves the placeholder: the gate passes through.
+
+    Args:
+        names: of those functions in ``consumers``, callees first.
     """
     replaced: dict[str, Any] = {"epilogue": build_epilogue(body)} if body else {}
-    for module, name in (
-        (store, "finish"),
-        (store, "store_chunk"),
-        (consumers, "consume_tile"),
-        (consumers, "consumer"),
-    ):
+    functions = [(store, "finish"), (store, "store_chunk"), *((consumers, name) for name in names)]
+    for module, name in functions:
         replaced[name] = jit(with_globals(getattr(module, name).fn, replaced))
-    return jit(with_globals(gather_gemm_kernel, replaced), do_not_specialize=list(DO_NOT_SPECIALIZE))
+    return jit(with_globals(kernel, replaced), do_not_specialize=list(DO_NOT_SPECIALIZE))
 
 
 def launches_for(
@@ -140,7 +140,8 @@ def launches_for(
         "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
         "num_warps": 4,
     }
+    kernel = with_epilogue(gather_gemm_kernel, consumers, ("consume_tile", "consumer"), epilogue_body)
     return (
         row_tiles.launch_for(tiles, expert_offsets, num_slots, w1.size(0)),
-        Launch(with_epilogue(epilogue_body), (num_programs(out.device.index),), args, options),
+        Launch(kernel, (num_programs(out.device.index),), args, options),
     )
