@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -218,6 +219,8 @@ def _wait_for_nobody(rank: int, num_ranks: int, folder: Path, seed: int) -> None
     # What compiles, before the short timeout counts.
     first = make_shard(case, rank, num_ranks)
     first.check(first.kernel(*first.args, **first.options))
+    # Four times that is how long the watchdog then waits for records of all ranks.
+    os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] = "500"
     group = dist.new_group(timeout=datetime.timedelta(seconds=5))
     parts = AllGatherPrepareAndFinalize(ExpertPlacement.linear(6, num_ranks), group, num_tokens="equal")
     shard = make_shard(case, rank, num_ranks, parts=parts)

@@ -21,12 +21,38 @@ LAYERS: dict[str, dict[str, Any]] = {
     "empty experts": {"M": 900, "K": 256, "I": 128, "E": 8, "routing": "empty"},
     "one expert": {"M": 289, "K": 64, "I": 64, "E": 1, "topk": 1},
     "many experts": {"M": 4096, "K": 256, "I": 128, "E": 128, "topk": 8},
+    "transposed, interleaved, biased": {
+        "M": 900,
+        "K": 192,
+        "I": 320,
+        "E": 6,
+        "biased": True,
+        "activation": "swigluoai",
+        "transposed": True,
+    },
+    "transposed, ungated": {
+        "M": 600,
+        "K": 320,
+        "I": 136,
+        "E": 4,
+        "activation": "relu2_no_mul",
+        "transposed": True,
+    },
+    "transposed, odd sizes": {
+        "M": 801,
+        "K": 136,
+        "I": 72,
+        "E": 5,
+        "activation": "swigluoai",
+        "transposed": True,
+    },
     "strided": {"M": 700, "K": 256, "I": 128, "E": 8, "strided": True},
 }
 #: The same, with sizes in multiples of 16.
 FLOAT8_LAYERS = {
     name: {**layer, "K": -(-layer["K"] // 16) * 16, "I": -(-layer["I"] // 16) * 16}
     for name, layer in LAYERS.items()
+    if not layer.get("transposed")
 }
 
 

@@ -77,16 +77,19 @@ def gemm_problem(
         layout,
         w.stride(2) != 1,
         is_vectorized(x, w),
-        has_boxes(x, w, out),
+        has_boxes(x, w, out, layout),
     )
 
 
-def has_boxes(x: Tensor, w: Tensor, out: Tensor) -> bool:
+def has_boxes(x: Tensor, w: Tensor, out: Tensor, layout: str = "ungated") -> bool:
     """Whether the tensor memory accelerator, or loads of 16 bytes, read x (rows, depth) and w (E, rows, depth) of x's
     dtype, and out (S, columns) is written 16 bytes at a time: elements of 16 bits (of x and w also 8), rows in one
-    piece, sizes and strides in multiples of 16 bytes, and nothing expanded.
+    piece, sizes and strides in multiples of 16 bytes, and nothing expanded. 16-bit weights may also be stored as (E,
+    depth, rows), but not with all gates before all ups.
     """
-    sizes = [size * x.element_size() for size in (row_stride(x), *w.stride()[:-1], w.size(2))]
+    if x.element_size() == 2 and w.stride(1) == 1 and w.stride(2) != 1 and layout != "concatenated":
+        w = w.transpose(1, 2)
+    sizes = [size * x.element_size() for size in (row_stride(x), *w.stride()[:-1], w.size(2), x.size(1))]
     sizes.append(out.size(1) * out.element_size())
     return (
         x.dtype is w.dtype

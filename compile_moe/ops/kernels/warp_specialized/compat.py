@@ -15,7 +15,7 @@ warps_barrier: Any = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @builtin
-def view(smem: Any, shape: Any, layout: Any, _semantic: Any = None) -> Any:
-    """The buffer of another shape and layout, and as many bytes, that starts where smem does."""
+def view(smem: Any, shape: Any, layout: Any, dtype: Any = None, _semantic: Any = None) -> Any:
+    """The buffer of another shape and layout, perhaps dtype, and as many bytes, that starts where smem does."""
     method = getattr(smem, "reinterpret", None) or smem._reinterpret
-    return method(smem.dtype, shape, layout, _semantic=_semantic)
+    return method(smem.dtype if dtype is None else dtype, shape, layout, _semantic=_semantic)

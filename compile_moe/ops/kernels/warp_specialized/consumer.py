@@ -42,6 +42,7 @@ def consume_tile(
     EPILOGUE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     GATHER: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
 ):
     """One consumer's 64 weight rows times MAIN + TAIL tokens of a tile."""
     x_layout: gl.constexpr = x_smem.layout
@@ -55,6 +56,8 @@ def consume_tile(
             # cp.async wrote x through the generic proxy.
             fence_async_shared()
         w = w_smem.index(2 * stage + WHICH)
+        if TRANSPOSED:
+            w = w.permute((1, 0))
         x = view(x_smem, [STAGES * (256 // MAIN), MAIN, 64], x_layout).index(stage * (256 // MAIN))
         acc = warpgroup_mma(w, x.permute((1, 0)), acc, is_async=True)
         if TAIL:
@@ -128,6 +131,9 @@ def weight_rows(column8, columns8, EPILOGUE: gl.constexpr, INTERLEAVED: gl.const
             column = 2 * column + m // 8 % 2
         else:
             column = column + m // 8 % 2 * (columns8 * 8)
+    elif EPILOGUE == "pairs":
+        column = 2 * column8 * 8 + m
+        mask = column < 2 * columns8 * 8
     else:
         column = column8 * 8 + m
         mask = column < columns8 * 8
@@ -158,6 +164,7 @@ def consumer(
     HAS_BIAS: gl.constexpr,
     INTERLEAVED: gl.constexpr,
     GATHER: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
 ):
     """Every tile of this program: columns 64 (of gate and up together, where gated) for each consumer."""
     num_row_tiles = gl.load(tiles_ptr)
@@ -165,7 +172,7 @@ def consumer(
     stage = 0
     phase = 0
     result_smem = result_smem.index(WHICH)
-    WIDTH8: gl.constexpr = 4 if EPILOGUE == "gated" else 8
+    WIDTH8: gl.constexpr = 4 if EPILOGUE == "gated" or EPILOGUE == "pairs" else 8
     step = gl.num_programs(0)
     e1, f1, r1, n1 = find_tile(tiles_ptr, gl.program_id(0), num_row_tiles, num_n)
     for tile in range(gl.program_id(0), num_tiles, step):
@@ -187,5 +194,5 @@ def consumer(
                 stage, phase = consume_tile(
                     w_smem, x_smem, tail_smem, result_smem, full, empty, stage, phase, num_k,
                     bias, out_ptr, slots_ptr, first, rows, num_slots, column8, columns8,
-                    WHICH, 64 << (i // 2), i % 2 == 1, STAGES, EPILOGUE, HAS_BIAS, GATHER,
+                    WHICH, 64 << (i // 2), i % 2 == 1, STAGES, EPILOGUE, HAS_BIAS, GATHER, TRANSPOSED,
                 )  # fmt: skip

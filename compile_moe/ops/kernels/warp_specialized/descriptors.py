@@ -45,6 +45,15 @@ def plain_weights(w: Tensor) -> TensorDescriptor:
     )
 
 
+def transposed_weights(w: Tensor) -> TensorDescriptor:
+    """w (E, rows, depth) whose rows lie side by side, as (E, depth, rows): 64 of each."""
+    # Over w itself, which the launcher knows.
+    (e, n, k), (stride_e, stride_n, stride_k) = w.shape, w.stride()
+    return TensorDescriptor(
+        w, [e, k, n], [stride_e, stride_k, stride_n], [1, 64, 64], _layout(w.element_size(), 3)
+    )
+
+
 def rows(x: Tensor, num_rows: int) -> TensorDescriptor:
     """x (S, depth), ``num_rows`` at a time. Without any rows it is made, for the kernel to compile, but not read."""
     return TensorDescriptor(

@@ -9,40 +9,49 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from compile_moe.ops.kernels.warp_specialized.compat import view, warps_barrier
+from compile_moe.ops.kernels.warp_specialized.compat import copy_rows, view, warps_barrier
 from compile_moe.ops.kernels.warp_specialized.consumer import is_kind, weight_rows
 from compile_moe.ops.kernels.warp_specialized.ring import find_tile, next_stage
 from compile_moe.ops.kernels.warp_specialized.store import halves, row_slots, store_chunk
 
 
 @gluon.jit
+def allocate_scales():
+    """Of a tile's tokens, and its tail's, for each consumer."""
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    scales_smem = gl.allocate_shared_memory(gl.float32, [2, 256], layout)
+    return scales_smem, gl.allocate_shared_memory(gl.float32, [2, 32], layout)
+
+
+@gluon.jit
+def copy_scales(
+    scales_smem, x_scale_ptr, stride_xsm, slots_ptr, first, rows, num_slots, topk, T: gl.constexpr
+):
+    """Scales of T tokens, from where their slots say."""
+    t = gl.arange(0, T, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    slot = gl.load(slots_ptr + first + t, mask=t < rows, other=0)
+    row = gl.where((slot >= 0) & (slot < num_slots), slot, 0) // topk
+    copy_rows(scales_smem, x_scale_ptr + row.to(gl.int64) * stride_xsm, mask=t < rows)
+
+
+@gluon.jit
 def scaled(
-    acc,
-    w_scale,
-    x_scale_ptr,
-    stride_xsm,
-    slots_ptr,
-    first,
-    rows,
-    num_slots,
-    topk,
-    T: gl.constexpr,
-    GATHER: gl.constexpr,
+    acc, w_scale, scales_smem, x_scale_ptr, stride_xsm, first, rows, T: gl.constexpr, GATHER: gl.constexpr
 ):
     """(64, T) sums times the scales of their weight rows and tokens."""
     layout: gl.constexpr = acc.type.layout
-    t = gl.arange(0, T, layout=gl.SliceLayout(0, layout))
-    row = first + t
     if GATHER:
-        slot = gl.load(slots_ptr + row, mask=t < rows, other=0)
-        row = gl.where((slot >= 0) & (slot < num_slots), slot, 0) // topk
-    x_scale = gl.load(x_scale_ptr + row.to(gl.int64) * stride_xsm, mask=t < rows, other=0.0)
+        x_scale = scales_smem.load(gl.SliceLayout(0, layout))
+    else:
+        t = gl.arange(0, T, layout=gl.SliceLayout(0, layout))
+        x_scale = gl.load(x_scale_ptr + (first + t).to(gl.int64) * stride_xsm, mask=t < rows, other=0.0)
     w_scale = gl.convert_layout(w_scale, gl.SliceLayout(1, layout))
     return acc * gl.expand_dims(w_scale, 1) * gl.expand_dims(x_scale, 0)
 
@@ -52,6 +61,7 @@ def store_scaled_chunk(
     acc,
     bias,
     w_scale,
+    scales_smem,
     x_scale_ptr,
     stride_xsm,
     result_smem,
@@ -60,7 +70,6 @@ def store_scaled_chunk(
     first,
     rows,
     num_slots,
-    topk,
     column8,
     columns8,
     EPILOGUE: gl.constexpr,
@@ -70,9 +79,7 @@ def store_scaled_chunk(
 ):
     if rows > 0:
         slot = row_slots(slots_ptr, first, rows, num_slots, T, EPILOGUE)
-        acc = scaled(
-            acc, w_scale, x_scale_ptr, stride_xsm, slots_ptr, first, rows, num_slots, topk, T, GATHER
-        )
+        acc = scaled(acc, w_scale, scales_smem, x_scale_ptr, stride_xsm, first, rows, T, GATHER)
         store_chunk(acc, bias, result_smem, out_ptr, slot, rows, column8, columns8, EPILOGUE, HAS_BIAS, T)
 
 
@@ -88,6 +95,8 @@ def consume_float8_tile(
     x_smem,
     tail_smem,
     result_smem,
+    scales_smem,
+    tail_scales_smem,
     full,
     empty,
     stage,
@@ -135,6 +144,26 @@ def consume_float8_tile(
         tail = gl.zeros([64, 32], gl.float32, tail_layout)
     else:
         tail = 0
+    # Copies that the products hide.
+    if GATHER:
+        # The tile before has read its own.
+        warps_barrier()
+        copy_scales(
+            scales_smem.slice(0, MAIN), x_scale_ptr, stride_xsm, slots_ptr, first, rows, num_slots, topk, MAIN
+        )
+        if TAIL:
+            copy_scales(
+                tail_scales_smem,
+                x_scale_ptr,
+                stride_xsm,
+                slots_ptr,
+                first + MAIN,
+                rows - MAIN,
+                num_slots,
+                topk,
+                32,
+            )
+        async_copy.commit_group()
     boxes = view(x_smem, [STAGES * (256 // PART), PART, STEP], x_smem.layout)
     for _ in range(num_k):
         mbarrier.wait(full.index(stage), phase)
@@ -170,6 +199,9 @@ def consume_float8_tile(
         elif PARTS == 2:
             acc1 += sums
         stage, phase = next_stage(stage, phase, STAGES)
+    if GATHER:
+        async_copy.wait_group(0)
+        warps_barrier()
     for i in gl.static_range(MAIN // 64):
         if PART == 64:
             if i == 0:
@@ -190,13 +222,13 @@ def consume_float8_tile(
             else:
                 chunk = right
         store_scaled_chunk(
-            chunk, bias, w_scale, x_scale_ptr, stride_xsm, result_smem, out_ptr, slots_ptr,
-            first + 64 * i, rows - 64 * i, num_slots, topk, column8, columns8, EPILOGUE, HAS_BIAS, GATHER, 64,
+            chunk, bias, w_scale, scales_smem.slice(64 * i, 64), x_scale_ptr, stride_xsm, result_smem, out_ptr,
+            slots_ptr, first + 64 * i, rows - 64 * i, num_slots, column8, columns8, EPILOGUE, HAS_BIAS, GATHER, 64,
         )  # fmt: skip
     if TAIL:
         store_scaled_chunk(
-            tail, bias, w_scale, x_scale_ptr, stride_xsm, result_smem, out_ptr, slots_ptr,
-            first + MAIN, rows - MAIN, num_slots, topk, column8, columns8, EPILOGUE, HAS_BIAS, GATHER, 32,
+            tail, bias, w_scale, tail_scales_smem, x_scale_ptr, stride_xsm, result_smem, out_ptr,
+            slots_ptr, first + MAIN, rows - MAIN, num_slots, column8, columns8, EPILOGUE, HAS_BIAS, GATHER, 32,
         )  # fmt: skip
     return stage, phase
 
@@ -207,6 +239,8 @@ def float8_consumer(
     x_smem,
     tail_smem,
     result_smem,
+    scales_smem,
+    tail_scales_smem,
     full,
     empty,
     out_ptr,
@@ -238,6 +272,8 @@ def float8_consumer(
     stage = 0
     phase = 0
     result_smem = result_smem.index(WHICH)
+    scales_smem = scales_smem.index(WHICH)
+    tail_scales_smem = tail_scales_smem.index(WHICH)
     WIDTH8: gl.constexpr = 4 if EPILOGUE == "gated" else 8
     step = gl.num_programs(0)
     e1, f1, r1, n1 = find_tile(tiles_ptr, gl.program_id(0), num_row_tiles, num_n)
@@ -258,7 +294,8 @@ def float8_consumer(
             if is_kind(rows, i):
                 # 64, 128 or 256 tokens, without and with a tail.
                 stage, phase = consume_float8_tile(
-                    w_smem, x_smem, tail_smem, result_smem, full, empty, stage, phase, num_k,
+                    w_smem, x_smem, tail_smem, result_smem, scales_smem, tail_scales_smem, full, empty,
+                    stage, phase, num_k,
                     bias, w_scale, x_scale_ptr, stride_xsm,
                     out_ptr, slots_ptr, first, rows, num_slots, topk, column8, columns8,
                     WHICH, 64 << (i // 2), i % 2 == 1, STAGES, EPILOGUE, HAS_BIAS, GATHER,

@@ -16,7 +16,7 @@ from compile_moe.ops.kernels.warp_specialized.descriptors import (
     plain_weights,
     step,
 )
-from compile_moe.ops.kernels.warp_specialized.float8_consumer import float8_consumer
+from compile_moe.ops.kernels.warp_specialized.float8_consumer import allocate_scales, float8_consumer
 from compile_moe.ops.kernels.warp_specialized.gather_gemm import (
     PRODUCER_REGISTERS,
     REGISTERS,
@@ -58,12 +58,14 @@ def float8_gather_gemm_kernel(
     w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(
         x_ptr.dtype.element_ty, out_ptr.dtype.element_ty, STAGES, 129
     )
+    scales_smem, tail_scales_smem = allocate_scales()
     gl.warp_specialize(
         [
             (
                 float8_consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
+                    w_smem, x_smem, tail_smem, result_smem, scales_smem, tail_scales_smem, full, empty,
+                    out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
                     slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, topk,
                     stride_be, stride_bn, stride_se, stride_sn, stride_xsm,
                     0, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True,
@@ -72,7 +74,8 @@ def float8_gather_gemm_kernel(
             (
                 float8_consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
+                    w_smem, x_smem, tail_smem, result_smem, scales_smem, tail_scales_smem, full, empty,
+                    out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
                     slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, topk,
                     stride_be, stride_bn, stride_se, stride_sn, stride_xsm,
                     1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True,

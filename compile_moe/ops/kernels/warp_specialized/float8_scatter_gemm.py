@@ -11,7 +11,7 @@ from compile_moe.ops.kernels.launch import Launch
 from compile_moe.ops.kernels.quantized import operands
 from compile_moe.ops.kernels.warp_specialized import row_tiles
 from compile_moe.ops.kernels.warp_specialized.descriptors import num_programs, plain_weights, rows, step
-from compile_moe.ops.kernels.warp_specialized.float8_consumer import float8_consumer
+from compile_moe.ops.kernels.warp_specialized.float8_consumer import allocate_scales, float8_consumer
 from compile_moe.ops.kernels.warp_specialized.producers import producer_tma
 from compile_moe.ops.kernels.warp_specialized.ring import STAGES, allocate
 from compile_moe.ops.kernels.warp_specialized.scatter_gemm import PRODUCER_REGISTERS, REGISTERS
@@ -45,12 +45,14 @@ def float8_scatter_gemm_kernel(
     w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(
         x_desc.dtype, out_ptr.dtype.element_ty, STAGES, 1
     )
+    scales_smem, tail_scales_smem = allocate_scales()
     gl.warp_specialize(
         [
             (
                 float8_consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
+                    w_smem, x_smem, tail_smem, result_smem, scales_smem, tail_scales_smem, full, empty,
+                    out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
                     slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, 1,
                     stride_be, stride_bn, stride_se, stride_sn, stride_xsm,
                     0, STAGES, "none", HAS_BIAS, False, False,
@@ -59,7 +61,8 @@ def float8_scatter_gemm_kernel(
             (
                 float8_consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
+                    w_smem, x_smem, tail_smem, result_smem, scales_smem, tail_scales_smem, full, empty,
+                    out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
                     slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, 1,
                     stride_be, stride_bn, stride_se, stride_sn, stride_xsm,
                     1, STAGES, "none", HAS_BIAS, False, False,

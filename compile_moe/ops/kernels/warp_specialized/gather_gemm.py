@@ -16,7 +16,12 @@ from compile_moe.ops.kernels.launch import Launch
 from compile_moe.ops.kernels.warp_specialized import consumer as consumers
 from compile_moe.ops.kernels.warp_specialized import row_tiles, store
 from compile_moe.ops.kernels.warp_specialized.consumer import consumer
-from compile_moe.ops.kernels.warp_specialized.descriptors import gated_weights, num_programs, plain_weights
+from compile_moe.ops.kernels.warp_specialized.descriptors import (
+    gated_weights,
+    num_programs,
+    plain_weights,
+    transposed_weights,
+)
 from compile_moe.ops.kernels.warp_specialized.producers import producer_gather
 from compile_moe.ops.kernels.warp_specialized.ring import STAGES, allocate
 
@@ -43,6 +48,7 @@ def gather_gemm_kernel(
     EPILOGUE: gl.constexpr,  # "gated", "ungated"
     INTERLEAVED: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
     STAGES: gl.constexpr,
     EVEN_K: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -58,7 +64,7 @@ def gather_gemm_kernel(
                 (
                     w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
                     num_slots, num_n, num_k, columns8, stride_be, stride_bn,
-                    0, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True,
+                    0, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, TRANSPOSED,
                 ),
             ),
             (
@@ -66,7 +72,7 @@ def gather_gemm_kernel(
                 (
                     w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
                     num_slots, num_n, num_k, columns8, stride_be, stride_bn,
-                    1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True,
+                    1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, TRANSPOSED,
                 ),
             ),
             (
@@ -92,7 +98,8 @@ def with_epilogue(kernel: Any, consumers: ModuleType, names: tuple[str, ...], bo
         names: of those functions in ``consumers``, callees first.
     """
     replaced: dict[str, Any] = {"epilogue": build_epilogue(body)} if body else {}
-    functions = [(store, "finish"), (store, "store_chunk"), *((consumers, name) for name in names)]
+    stores = [(store, name) for name in ("finish", "store_pairs", "store_chunk")]
+    functions = [*stores, *((consumers, name) for name in names)]
     for module, name in functions:
         replaced[name] = jit(with_globals(getattr(module, name).fn, replaced))
     return jit(with_globals(kernel, replaced), do_not_specialize=list(DO_NOT_SPECIALIZE))
@@ -114,10 +121,15 @@ def launches_for(
     num_slots, num_columns = out.shape
     gated = layout != "ungated"
     depth = hidden_states.size(1)
+    transposed = w1.stride(2) != 1
+    if transposed:
+        weights = transposed_weights(w1)
+    else:
+        weights = gated_weights(w1, layout) if gated else plain_weights(w1)
     args = (
         out,
         hidden_states,
-        gated_weights(w1, layout) if gated else plain_weights(w1),
+        weights,
         out if bias is None else bias,
         sorted_slots,
         tiles,
@@ -131,7 +143,8 @@ def launches_for(
         *((0, 0) if bias is None else bias.stride()),
     )
     options = {
-        "EPILOGUE": "gated" if gated else "ungated",
+        "EPILOGUE": ("pairs" if transposed else "gated") if gated else "ungated",
+        "TRANSPOSED": transposed,
         "INTERLEAVED": layout == "interleaved",
         "HAS_BIAS": bias is not None,
         "STAGES": STAGES,

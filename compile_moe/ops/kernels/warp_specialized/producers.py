@@ -13,11 +13,17 @@ from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES, find_tile,
 @gluon.jit
 def load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k, EPILOGUE: gl.constexpr, STAGES: gl.constexpr):
     """128 weight rows: 64 for each consumer."""
-    w = view(w_smem, [STAGES] + w_desc.block_shape, w_desc.layout).index(stage)  # noqa: RUF005
-    if EPILOGUE == "gated":
-        copy_box(w_desc, [expert, tile_n * 8, 0, 0, k], bar, w)
+    if w_desc.block_shape[1] == 64:
+        # Transposed.
+        boxes = view(w_smem, [2 * STAGES] + w_desc.block_shape, w_desc.layout)  # noqa: RUF005
+        copy_box(w_desc, [expert, k, tile_n * 128], bar, boxes.index(2 * stage))
+        copy_box(w_desc, [expert, k, tile_n * 128 + 64], bar, boxes.index(2 * stage + 1))
     else:
-        copy_box(w_desc, [expert, tile_n * 128, k], bar, w)
+        w = view(w_smem, [STAGES] + w_desc.block_shape, w_desc.layout).index(stage)  # noqa: RUF005
+        if EPILOGUE == "gated":
+            copy_box(w_desc, [expert, tile_n * 8, 0, 0, k], bar, w)
+        else:
+            copy_box(w_desc, [expert, tile_n * 128, k], bar, w)
 
 
 @gluon.jit

@@ -10,7 +10,12 @@ from triton.experimental.gluon import language as gl
 from compile_moe.ops.kernels.launch import Launch
 from compile_moe.ops.kernels.warp_specialized import row_tiles
 from compile_moe.ops.kernels.warp_specialized.consumer import consumer
-from compile_moe.ops.kernels.warp_specialized.descriptors import num_programs, plain_weights, rows
+from compile_moe.ops.kernels.warp_specialized.descriptors import (
+    num_programs,
+    plain_weights,
+    rows,
+    transposed_weights,
+)
 from compile_moe.ops.kernels.warp_specialized.producers import producer_tma
 from compile_moe.ops.kernels.warp_specialized.ring import STAGES, allocate
 
@@ -33,6 +38,7 @@ def scatter_gemm_kernel(
     stride_be,
     stride_bn,
     HAS_BIAS: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -47,7 +53,7 @@ def scatter_gemm_kernel(
                 (
                     w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
                     num_slots, num_n, num_k, columns8, stride_be, stride_bn,
-                    0, STAGES, "none", HAS_BIAS, False, False,
+                    0, STAGES, "none", HAS_BIAS, False, False, TRANSPOSED,
                 ),
             ),
             (
@@ -55,7 +61,7 @@ def scatter_gemm_kernel(
                 (
                     w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
                     num_slots, num_n, num_k, columns8, stride_be, stride_bn,
-                    1, STAGES, "none", HAS_BIAS, False, False,
+                    1, STAGES, "none", HAS_BIAS, False, False, TRANSPOSED,
                 ),
             ),
             (
@@ -82,11 +88,12 @@ def launches_for(
 ) -> tuple[Launch, Launch]:
     """Row tiles, then the GEMM."""
     num_slots, num_columns = out.shape
+    transposed = w2.stride(2) != 1
     args = (
         out,
         rows(intermediate, 32),
         rows(intermediate, 256),
-        plain_weights(w2),
+        transposed_weights(w2) if transposed else plain_weights(w2),
         out if bias is None else bias,
         sorted_slots,
         tiles,
@@ -97,6 +104,7 @@ def launches_for(
         *((0, 0) if bias is None else bias.stride()),
     )
     options = {
+        "TRANSPOSED": transposed,
         "HAS_BIAS": bias is not None,
         "STAGES": STAGES,
         "REGISTERS": REGISTERS,

@@ -40,14 +40,19 @@ def finish(acc, bias, EPILOGUE: gl.constexpr, T: gl.constexpr, HAS_BIAS: gl.cons
 @gluon.jit
 def row_slots(slots_ptr, first, rows, num_slots, T: gl.constexpr, EPILOGUE: gl.constexpr):
     """Where rows first.. of a chunk are stored; -1 where they are not."""
-    WIDTH: gl.constexpr = 32 if EPILOGUE == "gated" else 64
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
-    row = gl.arange(0, T, layout=gl.SliceLayout(1, layout))
-    if EPILOGUE == "none":
-        slot = gl.load(slots_ptr + first + row, mask=row < rows, other=-1)
-        return gl.where(slot < num_slots, slot, -1)
+    if EPILOGUE == "pairs":
+        # Rows of the result are those of the tile.
+        slots = first, rows
     else:
-        return gl.where(row < rows, first + row, -1)
+        WIDTH: gl.constexpr = 32 if EPILOGUE == "gated" else 64
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+        row = gl.arange(0, T, layout=gl.SliceLayout(1, layout))
+        if EPILOGUE == "none":
+            slot = gl.load(slots_ptr + first + row, mask=row < rows, other=-1)
+            slots = gl.where(slot < num_slots, slot, -1)
+        else:
+            slots = gl.where(row < rows, first + row, -1)
+    return slots
 
 
 @gluon.jit
@@ -76,6 +81,28 @@ def store_rows(
 
 
 @gluon.jit
+def store_pairs(acc, result_smem, out_ptr, rows_of, first, column8, columns8):
+    """(64, 32) accumulators, whose rows are gates and ups in turn, to 32 columns of rows of the result."""
+    smem_layout: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
+    smem = view(result_smem, [1, 32, 64], smem_layout, gl.float32).index(0)
+    smem.permute((1, 0)).store(acc)
+    # A thread has four pairs.
+    pairs = smem.load(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+    gate, up = gl.split(gl.reshape(pairs, [32, 32, 2]))
+    y = epilogue(gate, up).to(out_ptr.dtype.element_ty)
+    layout: gl.constexpr = y.type.layout
+    # Rows of the result: those of this tile, in expert order.
+    t = gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
+    first_row, rows = rows_of
+    c = gl.arange(0, 32, layout=gl.SliceLayout(0, layout))
+    num_columns = columns8.to(gl.int64) * 8
+    row = (first_row + first + t).to(gl.int64)
+    ptrs = out_ptr + column8 * 8 + gl.expand_dims(row * num_columns, 1) + gl.expand_dims(c, 0)
+    mask = gl.expand_dims(first + t < rows, 1) & gl.expand_dims(column8 + c // 8 < columns8, 0)
+    gl.store(ptrs, y, mask=mask)
+
+
+@gluon.jit
 def store_chunk(
     acc,
     bias,
@@ -89,7 +116,18 @@ def store_chunk(
     HAS_BIAS: gl.constexpr,
     T: gl.constexpr,
 ):
-    if rows > 0:
+    if rows <= 0:
+        pass
+    elif EPILOGUE == "pairs":
+        if HAS_BIAS:
+            acc = acc + gl.expand_dims(gl.convert_layout(bias, gl.SliceLayout(1, acc.type.layout)), 1)
+        if T == 64:
+            left, right = halves(acc, 64, 32)
+            store_pairs(left, result_smem, out_ptr, slot, 0, column8, columns8)
+            store_pairs(right, result_smem, out_ptr, slot, 32, column8, columns8)
+        else:
+            store_pairs(acc, result_smem, out_ptr, slot, 0, column8, columns8)
+    else:
         WIDTH: gl.constexpr = 32 if EPILOGUE == "gated" else 64
         y = finish(acc, bias, EPILOGUE, T, HAS_BIAS, out_ptr.dtype.element_ty)
         store_rows(y, result_smem, out_ptr, slot, column8, columns8, T, WIDTH)
