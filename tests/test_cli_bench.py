@@ -117,7 +117,7 @@ def test_wrong_results_are_not_timed(model: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_contestant_that_fails(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Any) -> float:
+    def fails(*_: Any, **__: Any) -> float:
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(measurement, "seconds_per_call", fails)
@@ -268,8 +268,24 @@ def test_median_of_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ceilings() -> None:
-    flops, bandwidth = timing.measure_ceilings(torch.device("cpu"), torch.float32)
-    assert flops > 1e8 and bandwidth > 1e8
+    ceilings = timing.measure_ceilings(torch.device("cpu"), torch.float32, ["fp8_w8a8_tensor"])
+    assert ceilings.flops > 1e8 and ceilings.bandwidth > 1e8 and not ceilings.scheme_flops
+
+
+def test_ceilings_of_schemes() -> None:
+    """Products of 8 bits for the schemes that quantize tokens."""
+    ceilings = timing.Ceilings(1e12, 1e9, {"fp8_w8a8_tensor": 2e12})
+    assert ceilings.of("fp8_w8a8_tensor").flops == 2e12
+    assert ceilings.of("compile_moe") == ceilings.of("int4_w4a16") == ceilings
+
+
+@pytest.mark.gpu
+def test_ceilings_on_a_gpu() -> None:
+    names = ["compile_moe", "fp8_w8a8_tensor", "fp8_w8a8_block", "int8_w8a8_channel", "int8_w8a16"]
+    ceilings = timing.measure_ceilings(torch.device("cuda"), torch.bfloat16, names)
+    has_float8 = torch.cuda.get_device_capability() >= (8, 9)
+    assert set(ceilings.scheme_flops) == {"int8_w8a8_channel", *(names[1:3] if has_float8 else ())}
+    assert all(rate > ceilings.flops for rate in ceilings.scheme_flops.values())
 
 
 @pytest.mark.gpu

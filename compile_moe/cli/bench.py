@@ -140,7 +140,7 @@ def measure(
         model,
         options.part,
         str(dtype).removeprefix("torch."),
-        measure_ceilings(device, dtype),
+        measure_ceilings(device, dtype, options.contestants),
         complete=False,
     )
     with Progress(console=Console(stderr=True)) as progress:

@@ -86,7 +86,7 @@ def _draw_shares(axes: Any, measured: list[Measurement], over_experts: bool) -> 
 
 def _draw_roofline(axes: Any, results: Results, measured: list[Measurement], over_experts: bool) -> None:
     """Achieved TFLOP/s against FLOPs a byte, under what the copy and the matrix product of this run allow."""
-    flops, bandwidth = results.ceilings
+    flops, bandwidth = results.ceilings.flops, results.ceilings.bandwidth
     for name, points in _by_contestant(measured):
         points = sorted(points, key=_intensity)
         achieved = [m.work.flops / m.microseconds / 1e6 for m in points if m.work and m.microseconds]

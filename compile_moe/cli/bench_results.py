@@ -107,8 +107,10 @@ def title(results: Results) -> str:
 def tables(results: Results) -> Iterator[Table]:
     """The measurements, and the host times where they were asked for."""
     is_sweep = len({m.num_experts for m in results.measurements}) > 1
-    flops, bandwidth = results.ceilings
-    notes = [f"In the same run: matrix product {flops / 1e12:.1f} TFLOP/s, copy {bandwidth / 1e12:.3f} TB/s."]
+    flops, bandwidth, scheme_flops = results.ceilings
+    rates = [("", flops), *((f" as {scheme}", rate) for scheme, rate in scheme_flops.items())]
+    products = ", ".join(f"matrix product{which} {rate / 1e12:.1f} TFLOP/s" for which, rate in rates)
+    notes = [f"In the same run: {products}, copy {bandwidth / 1e12:.3f} TB/s."]
     if not results.complete:
         notes.append("Interrupted: what there was until then.")
     if any(m.memory is not None for m in results.measurements):

@@ -78,9 +78,9 @@ class Bench:
         kernels = tuple(kernel_count.gpu_kernels(calls[0], self.device)) if on_gpu else None
         host = host_seconds(calls[0], self.device) * 1e6 if on_gpu else None
         replayed = on_gpu and contestant.replayable
-        microseconds = seconds_per_call(calls, self.device, replayed) * 1e6
+        microseconds = seconds_per_call(calls, self.device, replayed, warm=True) * 1e6
         work = None if self.is_block else self._work(inputs, contestant.expert_bytes)
-        floor = None if work is None else work.floor(self.ceilings)
+        floor = None if work is None else work.floor(self.ceilings.of(name))
         return Measurement(*heading, microseconds, replayed, host, kernels, memory, error, work, floor)
 
     def inputs(self, tokens: int, seed: int) -> Inputs:

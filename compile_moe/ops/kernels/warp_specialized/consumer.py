@@ -27,7 +27,8 @@ def consume_tile(
     stage,
     phase,
     num_k,
-    bias,
+    bias_ptr,
+    stride_bn,
     out_ptr,
     slots_ptr,
     first,
@@ -35,16 +36,21 @@ def consume_tile(
     num_slots,
     column8,
     columns8,
+    tiles_ptr,
+    next_tile,
+    num_row_tiles,
+    num_n,
     WHICH: gl.constexpr,
     MAIN: gl.constexpr,
     TAIL: gl.constexpr,
     STAGES: gl.constexpr,
     EPILOGUE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
     GATHER: gl.constexpr,
     TRANSPOSED: gl.constexpr,
 ):
-    """One consumer's 64 weight rows times MAIN + TAIL tokens of a tile."""
+    """One consumer's 64 weight rows times MAIN + TAIL tokens of a tile; then where the next tile is."""
     x_layout: gl.constexpr = x_smem.layout
     main_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MAIN, 16])
     tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
@@ -72,6 +78,8 @@ def consume_tile(
             mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1)
         stage, phase = next_stage(stage, phase, STAGES)
     # Loads that the last products hide.
+    e1, f1, r1, n1 = find_tile(tiles_ptr, next_tile, num_row_tiles, num_n)
+    bias = load_bias(bias_ptr, stride_bn, column8, columns8, EPILOGUE, HAS_BIAS, INTERLEAVED)
     s0 = row_slots(slots_ptr, first, rows, num_slots, 64, EPILOGUE)
     if MAIN >= 128:
         s1 = row_slots(slots_ptr, first + 64, rows - 64, num_slots, 64, EPILOGUE)
@@ -105,7 +113,7 @@ def consume_tile(
         store_chunk(
             tail, bias, result_smem, out_ptr, st, rows - MAIN, column8, columns8, EPILOGUE, HAS_BIAS, 32
         )
-    return stage, phase
+    return stage, phase, e1, f1, r1, n1
 
 
 @gluon.jit
@@ -138,6 +146,25 @@ def weight_rows(column8, columns8, EPILOGUE: gl.constexpr, INTERLEAVED: gl.const
         column = column8 * 8 + m
         mask = column < columns8 * 8
     return column, mask
+
+
+@gluon.jit
+def load_bias(
+    bias_ptr,
+    stride_bn,
+    column8,
+    columns8,
+    EPILOGUE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
+):
+    layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+    if HAS_BIAS:
+        column, mask = weight_rows(column8, columns8, EPILOGUE, INTERLEAVED, layout)
+        bias = gl.load(bias_ptr + column * stride_bn, mask=mask, other=0.0).to(gl.float32)
+    else:
+        bias = gl.zeros([64], gl.float32, layout)
+    return bias
 
 
 @gluon.jit
@@ -177,22 +204,14 @@ def consumer(
     e1, f1, r1, n1 = find_tile(tiles_ptr, gl.program_id(0), num_row_tiles, num_n)
     for tile in range(gl.program_id(0), num_tiles, step):
         expert, first, rows, tile_n = e1, f1, r1, n1
-        e1, f1, r1, n1 = find_tile(tiles_ptr, tile + step, num_row_tiles, num_n)
         column8 = (2 * tile_n + WHICH) * WIDTH8
-        bias_layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-        if HAS_BIAS:
-            column, mask = weight_rows(column8, columns8, EPILOGUE, INTERLEAVED, bias_layout)
-            bias = gl.load(
-                bias_ptr + expert.to(gl.int64) * stride_be + column * stride_bn, mask=mask, other=0.0
-            )
-            bias = bias.to(gl.float32)
-        else:
-            bias = gl.zeros([64], gl.float32, bias_layout)
+        biases = bias_ptr + expert.to(gl.int64) * stride_be
         for i in gl.static_range(6):
             if is_kind(rows, i):
                 # 64, 128 or 256 tokens, without and with a tail.
-                stage, phase = consume_tile(
+                stage, phase, e1, f1, r1, n1 = consume_tile(
                     w_smem, x_smem, tail_smem, result_smem, full, empty, stage, phase, num_k,
-                    bias, out_ptr, slots_ptr, first, rows, num_slots, column8, columns8,
-                    WHICH, 64 << (i // 2), i % 2 == 1, STAGES, EPILOGUE, HAS_BIAS, GATHER, TRANSPOSED,
+                    biases, stride_bn, out_ptr, slots_ptr, first, rows, num_slots, column8, columns8,
+                    tiles_ptr, tile + step, num_row_tiles, num_n,
+                    WHICH, 64 << (i // 2), i % 2 == 1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, GATHER, TRANSPOSED,
                 )  # fmt: skip
