@@ -54,6 +54,7 @@ def compile_launch(launch: Launch, capability: int, spills: int = 0) -> Compiled
     waits = "griddepcontrol.wait" in compiled.ptx
     assert waits == options.get("EARLY", False)
     assert compiled.fits, f"{compiled.shared} bytes of shared memory"
+    assert not compiled.may_overwrite_operands
     assert max(compiled.spill_stores, compiled.spill_loads) <= spills, (
         f"{compiled.registers} registers, {compiled.spill_stores} bytes spilled with {compiler} {options}"
     )

@@ -61,8 +61,8 @@ def compiled(
     slots, offsets = empty(s), empty(e + 1)
 
     def candidates(given: tuple[Any, ...], columns: int, gated: bool) -> tuple[Tile, ...]:
-        sizes = given[0].element_size(), given[2].element_size()
-        return tile_candidates(*sizes, columns, form, gated, limits)
+        sizes = given[0].element_size(), given[2].element_size(), given[0].size(1), columns
+        return tile_candidates(*sizes, form, gated, limits)
 
     launches: list[tuple[Tile, Launch]] = []
     first, second = operands(variant, 64, e, n, k, dtype), operands(variant, s, e, k, i, dtype)
@@ -84,6 +84,7 @@ def compiled(
         options["EARLY"] = capability >= 90
         result = compile_ahead(launch.kernel, launch.args, options, capability=capability, **compiler)
         assert result.fits, f"{tile}: {result.shared} bytes of shared memory"
+        assert not result.may_overwrite_operands, f"{tile}"
         results.append((tile, result))
     return results
 

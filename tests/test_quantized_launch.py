@@ -53,7 +53,7 @@ def test_tiles_shrink_with_shared_memory(variant: str, memory: int) -> None:
     scheme = DEFAULTS[variant].made
     sizes = 1 if scheme.token_scaling else 2, scheme.weight_dtype.itemsize
     form, limits = weight_format(scheme.text), DeviceLimits(memory, False)
-    candidates = tile_candidates(*sizes, 768, form, True, limits)
+    candidates = tile_candidates(*sizes, 2048, 768, form, True, limits)
     assert 1 <= len(candidates) <= 4 and all(tile.num_stages >= 2 for tile in candidates)
     assert all(steps_of(tile.block_k, form)[0] == tile.block_k for tile in candidates)
 

@@ -17,7 +17,13 @@ def weight_format(scheme: str) -> WeightFormat:
     parsed = parse_scheme(scheme)
     rows, group = parsed.scale_block
     return WeightFormat(
-        parsed.decode, parsed.decode_scale, parsed.packed, parsed.packed_zero_points, rows, group or 0
+        parsed.decode,
+        parsed.decode_16_bits,
+        parsed.decode_scale,
+        parsed.packed,
+        parsed.packed_zero_points,
+        rows,
+        group or 0,
     )
 
 

@@ -55,6 +55,12 @@ class CompiledKernel(NamedTuple):
     ptx: str
 
     @property
+    def may_overwrite_operands(self) -> bool:
+        """Whether products, once issued, aren't awaited while they read an operand from registers."""
+        from_registers = re.search(r"wgmma\.mma_async\S*\s*\{[^}]*\},\s*\{", self.ptx) is not None
+        return from_registers and re.search(r"wgmma\.wait_group\S* [1-9]", self.ptx) is not None
+
+    @property
     def fits(self) -> bool:
         """Whether a block's shared memory stays within what the architecture offers."""
         return self.shared <= SHARED_MEMORY_BUDGET[self.capability]

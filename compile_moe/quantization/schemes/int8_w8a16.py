@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compile_moe.quantization.decoding import unsigned_to_float32
+from compile_moe.quantization.decoding_16_bits import bytes_less_128
 from compile_moe.quantization.integer_groups import dequantize_groups, quantize_groups
 from compile_moe.quantization.parameters import check_size
 from compile_moe.quantization.scheme import QuantizedWeights, Scheme, register
@@ -35,6 +36,7 @@ class Int8Weights(Scheme):
     scale_layout = "(E, N), or (E, N, K / group_size)"
     scale_dtype = None
     decode = decode
+    decode_16_bits = bytes_less_128
 
     group_size: int | None = None
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compile_moe.quantization.decoding_16_bits import e2m1_nibbles
 from compile_moe.quantization.nibbles import pack_nibbles, unpack_nibbles
 from compile_moe.quantization.scheme import QuantizedWeights, Scheme, register
 
@@ -37,7 +38,7 @@ def decode(codes: tl.tensor) -> tl.tensor:
 def decode_scale(scales: tl.tensor) -> tl.tensor:
     scales = scales.to(tl.int32)
     # 2^-127 is a denormal, and what would be infinity is NaN.
-    bits = tl.where(scales == 0, 1 << 22, tl.where(scales == 255, 0x7FC00000, scales << 23))
+    bits = tl.where(scales == 255, 0x7FC00000, tl.maximum(scales << 23, 1 << 22))
     return bits.to(tl.float32, bitcast=True)
 
 
@@ -52,6 +53,7 @@ class Mxfp4(Scheme):
     scale_layout = "(E, N, K / 32)"
     scale_dtype = torch.uint8
     decode = decode
+    decode_16_bits = e2m1_nibbles
     decode_scale = decode_scale
 
     @property

@@ -11,7 +11,13 @@ import triton.language as tl
 
 from compile_moe.ops.kernels.epilogue import build_epilogue, epilogue, with_globals
 from compile_moe.ops.kernels.precision import accumulate
-from compile_moe.ops.kernels.quantized.weight_format import WeightFormat, decode, decode_scale
+from compile_moe.ops.kernels.quantized.weight_format import (
+    WeightFormat,
+    decode,
+    decode_16_bits,
+    decode_scale,
+)
+from compile_moe.quantization.decoding_16_bits import difference, times
 
 
 @triton.jit
@@ -53,6 +59,29 @@ def dequantized(
         return w.to(DTYPE)
 
 
+def dequantized_in_16_bits(
+    w,
+    scale,
+    zero,
+    GROUPS: tl.constexpr,
+    SCALED: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+):
+    """Weights (n, k) from decoded ones: like :func:`dequantized`, rounded once, where the scales have their dtype."""
+    shape: tl.constexpr = w.shape
+    if GROUPS > 1:
+        w = tl.reshape(w, (shape[0], GROUPS, shape[1] // GROUPS))
+        scale = scale[:, :, None]
+        if HAS_ZERO:
+            zero = zero[:, :, None]
+    if HAS_ZERO:
+        # Exact: both are small integers.
+        w = difference(w, zero.to(w.dtype))
+    if SCALED:
+        w = times(w, scale.to(w.dtype))
+    return tl.reshape(w, (shape[0], shape[1])) if GROUPS > 1 else w
+
+
 def multiply(
     x_ptr,
     x_scale_ptr,
@@ -78,6 +107,7 @@ def multiply(
     stride_zn,
     stride_zk,
     SCALES_SUMS: tl.constexpr,
+    IN_16_BITS: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     PACKED: tl.constexpr,
     PACKED_ZEROS: tl.constexpr,
@@ -99,6 +129,13 @@ def multiply(
     GROUPS: tl.constexpr = BLOCK_K // GROUP if GROUPED and ALIGNED and BLOCK_K > GROUP else 1
     STEPS: tl.constexpr = 1 if ALIGNED else (GROUP + BLOCK_K - 1) // BLOCK_K  # of a group
     INTEGER: tl.constexpr = SCALES_SUMS and w_ptr.dtype.element_ty == tl.int8
+    # Where a product with the scale is the same in the tokens' dtype as in float32, rounded to it.
+    SCALE: tl.constexpr = scale_ptr.dtype.element_ty
+    FAST: tl.constexpr = IN_16_BITS and (
+        not GROUPED
+        or SCALE == x_ptr.dtype.element_ty
+        or (SCALE == tl.uint8 and x_ptr.dtype.element_ty == tl.bfloat16)
+    )
     expert = expert.to(tl.int64)
     row = row.to(tl.int64)
     k = tl.arange(0, BLOCK_K)
@@ -154,15 +191,27 @@ def multiply(
             else:
                 acc += product
         elif PACKED == 1:
-            weights = dequantized(w, scale, zero, x.dtype, GROUPS, GROUPED, HAS_ZERO)
+            if FAST:
+                weights = decode_16_bits(w, x.dtype)
+                weights = dequantized_in_16_bits(weights, scale, zero, GROUPS, GROUPED, HAS_ZERO)
+            else:
+                weights = dequantized(w, scale, zero, x.dtype, GROUPS, GROUPED, HAS_ZERO)
             if not EVEN_K:
                 weights = tl.where(stored_mask, weights, 0.0)
-            acc = accumulate(weights, tl.trans(x), acc, PRECISION)
+            # A product of its own: adding it up, Triton 3.6 would overwrite the registers that hold weights, and the
+            # tokens, while Hopper's tensor cores still read them. An fma, because Triton makes a sum of an addition.
+            product = accumulate(weights, tl.trans(x), tl.zeros_like(acc), PRECISION)
+            acc = tl.fma(product, tl.full(acc.shape, 1.0, tl.float32), acc)
         else:
             # Weights of even and of odd columns lie in two tiles; so do the tokens then.
             even_x, odd_x = tl.split(tl.reshape(x, (BLOCK_M, BLOCK_K // 2, 2)))
-            even = dequantized(w & 15, scale, zero, x.dtype, GROUPS, GROUPED, HAS_ZERO)
-            odd = dequantized(w >> 4, scale, zero, x.dtype, GROUPS, GROUPED, HAS_ZERO)
+            if FAST:
+                even, odd = decode_16_bits(w, x.dtype)
+                even = dequantized_in_16_bits(even, scale, zero, GROUPS, GROUPED, HAS_ZERO)
+                odd = dequantized_in_16_bits(odd, scale, zero, GROUPS, GROUPED, HAS_ZERO)
+            else:
+                even = dequantized(w & 15, scale, zero, x.dtype, GROUPS, GROUPED, HAS_ZERO)
+                odd = dequantized(w >> 4, scale, zero, x.dtype, GROUPS, GROUPED, HAS_ZERO)
             if not EVEN_K:
                 even = tl.where(stored_mask, even, 0.0)
                 odd = tl.where(stored_mask, odd, 0.0)
@@ -186,7 +235,9 @@ def with_format(
     """``kernel``, undecorated, whose ``multiply`` has the functions of a scheme, and with an epilogue."""
     decoding = {
         "decode": weight_format.decode or decode,
+        "decode_16_bits": weight_format.decode_16_bits or decode_16_bits,
         "decode_scale": weight_format.decode_scale,
+        "dequantized_in_16_bits": triton.jit(dequantized_in_16_bits),
     }
     decoding["dequantized"] = triton.jit(with_globals(dequantized, decoding))
     replaced = {

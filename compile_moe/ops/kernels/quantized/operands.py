@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import triton
 from torch import Tensor
 
 from compile_moe.ops.kernels.precision import Precision
@@ -53,6 +54,10 @@ def constants(
     block_k, aligned = steps_of(tile.block_k, weight_format)
     return {
         "SCALES_SUMS": weight_format.scales_sums,
+        # The interpreter has no PTX.
+        "IN_16_BITS": weight_format.decode_16_bits is not None
+        and precision == "16-bit"
+        and not triton.knobs.runtime.interpret,
         "HAS_ZERO": has_zero,
         "PACKED": weight_format.packed,
         "PACKED_ZEROS": weight_format.packed_zeros,

@@ -65,6 +65,7 @@ def quantized_scatter_gemm_kernel(
     EVEN_N: tl.constexpr,
     GROUP_M: tl.constexpr,
     SCALES_SUMS: tl.constexpr,
+    IN_16_BITS: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     PACKED: tl.constexpr,
     PACKED_ZEROS: tl.constexpr,
@@ -102,7 +103,7 @@ def quantized_scatter_gemm_kernel(
         expert, w_row, tl.where(row_mask, row, 0), row_mask, depth,
         stride_xm, stride_xk, stride_xsm, stride_xsk, stride_we, stride_wn, stride_wk,
         stride_se, stride_sn, stride_sk, stride_ze, stride_zn, stride_zk,
-        SCALES_SUMS, HAS_ZERO, PACKED, PACKED_ZEROS, ROWS, GROUP, ALIGNED, PRECISION, BLOCK_K, EVEN_K,
+        SCALES_SUMS, IN_16_BITS, HAS_ZERO, PACKED, PACKED_ZEROS, ROWS, GROUP, ALIGNED, PRECISION, BLOCK_K, EVEN_K,
     )  # fmt: skip
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert.to(tl.int64) * stride_be + w_row * stride_bn)

@@ -21,7 +21,8 @@ def candidates_for(
 ) -> tuple[Tile, ...]:
     """Tiles for x (rows, depth) and stored weights w (E, rows of weights, ...) into out (S, columns)."""
     limits = device_limits(out.device.index)
-    tiles = tile_candidates(x.element_size(), w.element_size(), out.size(1), weight_format, gated, limits)
+    sizes = x.element_size(), w.element_size(), x.size(1), out.size(1)
+    tiles = tile_candidates(*sizes, weight_format, gated, limits)
     is_special = (
         limits.warp_specialized and may_be_warp_specialized(weight_format, w) and has_boxes(x, w, out)
     )
@@ -35,7 +36,13 @@ def may_be_warp_specialized(weight_format: WeightFormat, w: Tensor) -> bool:
 
 @functools.cache
 def tile_candidates(
-    x_size: int, w_size: int, num_columns: int, weight_format: WeightFormat, gated: bool, limits: DeviceLimits
+    x_size: int,
+    w_size: int,
+    depth: int,
+    num_columns: int,
+    weight_format: WeightFormat,
+    gated: bool,
+    limits: DeviceLimits,
 ) -> tuple[Tile, ...]:
     """One tile for each of ``_ROW_TILES``; ``block_n`` counts columns of the result, of which gate and up make one.
 
@@ -57,6 +64,9 @@ def tile_candidates(
         else:
             # Tensor cores that take both operands from registers, one of them just dequantized.
             tile = Tile(block_m, 128, 32, 4, 8)
+        if depth % tile.block_k and depth % 64 == 0 and tile.block_k == 128:
+            # Without a mask, which would let packed weights be loaded byte by byte.
+            tile = tile._replace(block_k=64, num_stages=2 * tile.num_stages)
         tile = tile._replace(block_k=steps_of(tile.block_k, weight_format)[0])
         while (
             shared_memory(tile, x_size, w_size, weight_format) > limits.shared_memory and tile.num_stages > 2

@@ -13,12 +13,14 @@ class WeightFormat(NamedTuple):
 
     decode: stored numbers (uint8, a byte or a nibble each) to float32, before zero point and scale; None multiplies
         weights as they are stored, by tokens of their dtype.
+    decode_16_bits: stored bytes to float16 or bfloat16, two at a time; None where there is none.
     decode_scale: stored scales to float32.
     packed: weights a stored element holds, along K. packed_zeros: rows whose zero points share an element.
     rows, group: rows and columns that share a scale; group 0 is a whole row.
     """
 
     decode: Any
+    decode_16_bits: Any
     decode_scale: Any
     packed: int
     packed_zeros: int
@@ -35,6 +37,12 @@ class WeightFormat(NamedTuple):
 def decode(codes):
     """Placeholder for a scheme's ``decode``."""
     return codes.to(tl.float32)
+
+
+@triton.jit
+def decode_16_bits(codes, DTYPE: tl.constexpr):
+    """Placeholder for a scheme's ``decode_16_bits``."""
+    return codes.to(DTYPE)
 
 
 @triton.jit

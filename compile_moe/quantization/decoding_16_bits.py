@@ -1,0 +1,137 @@
+"""Triton functions that decode stored numbers to bfloat16 or float16, two at a time: exactly, before zero point and
+scale.
+
+Numbers are put where the mantissa's last bits are of a power of two, which is then subtracted with the bias. For CUDA
+devices only: the interpreter runs no PTX.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+# The first two bytes of a register in the 16-bit halves of p. fma takes no constants.
+_START = """{{
+    .reg .b32 p, q, r, one, offset;
+    mov.b32 one, {one};
+    mov.b32 offset, {offset};
+    prmt.b32 p, {stored}, 0, 0x4140;"""
+
+_NIBBLES = (
+    _START
+    + """
+    prmt.b32 q, {stored}, 0, 0x4342;
+    lop3.b32 $0, p, 0x000f000f, {magic}, 0xea;  // (a & b) | c
+    lop3.b32 $1, q, 0x000f000f, {magic}, 0xea;
+    shr.b32 p, p, 4;
+    shr.b32 q, q, 4;
+    lop3.b32 $2, p, 0x000f000f, {magic}, 0xea;
+    lop3.b32 $3, q, 0x000f000f, {magic}, 0xea;
+    {fma} $0, $0, one, offset;
+    {fma} $1, $1, one, offset;
+    {fma} $2, $2, one, offset;
+    {fma} $3, $3, one, offset;
+    }}"""
+)
+# 128 + n of bfloat16, 1024 + n of float16; less those and the bias, 8.
+_NIBBLES_BF16 = tl.constexpr(
+    _NIBBLES.format(
+        stored="$4", magic="0x43004300", fma="fma.rn.bf16x2", one="0x3f803f80", offset="0xc308c308"
+    )
+)
+_NIBBLES_FP16 = tl.constexpr(
+    _NIBBLES.format(
+        stored="$4", magic="0x64006400", fma="fma.rn.f16x2", one="0x3c003c00", offset="0xe408e408"
+    )
+)
+
+# bfloat16 has room for 7 bits: 128 + those, less 128 where the last one is set, and 256 where not.
+_BYTES_BF16 = tl.constexpr(
+    _START.format(stored="$1", one="0x3f803f80", offset="0xc380c380")
+    + """
+    lop3.b32 r, p, 0x00800080, offset, 0x6a;  // (a & b) ^ c
+    lop3.b32 p, p, 0x007f007f, 0x43004300, 0xea;
+    fma.rn.bf16x2 $0, p, one, r;
+    }"""
+)
+_BYTES_FP16 = tl.constexpr(
+    _START.format(stored="$1", one="0x3c003c00", offset="0xe480e480")
+    + """
+    or.b32 p, p, 0x64006400;
+    fma.rn.f16x2 $0, p, one, offset;
+    }"""
+)
+
+# Exponent and mantissa of e2m1, and its sign, where bfloat16 has them: two copies of a nibble, 6 bits apart, masked;
+# times 2^126, the difference of the biases.
+_E2M1_BF16 = tl.constexpr(
+    _START.format(stored="$2", one="0x7e807e80", offset="0x80008000")
+    + """
+    and.b32 q, p, 0x000f000f;
+    and.b32 r, p, 0x00f000f0;
+    mul.lo.u32 q, q, 0x1040;
+    mul.lo.u32 r, r, 0x104;
+    and.b32 q, q, 0x81c081c0;
+    and.b32 r, r, 0x81c081c0;
+    fma.rn.bf16x2 $0, q, one, offset;
+    fma.rn.bf16x2 $1, r, one, offset;
+    }"""
+)
+
+_MINUS_BF16 = tl.constexpr("{.reg .b32 c; mov.b32 c, 0xbf80bf80; fma.rn.bf16x2 $0, $2, c, $1;}")
+_MINUS_FP16 = tl.constexpr("sub.rn.f16x2 $0, $1, $2;")
+_TIMES_BF16 = tl.constexpr("{.reg .b32 c; mov.b32 c, 0x80008000; fma.rn.bf16x2 $0, $1, $2, c;}")
+_TIMES_FP16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
+
+
+@triton.jit
+def nibbles_less_8(codes: tl.tensor, DTYPE: tl.constexpr) -> Any:
+    """The low and the high nibbles."""
+    if tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            _NIBBLES_BF16,
+            "=&r,=&r,=&r,=&r,r",
+            [codes],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            _NIBBLES_FP16, "=&r,=&r,=&r,=&r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+
+
+@triton.jit
+def bytes_less_128(codes: tl.tensor, DTYPE: tl.constexpr) -> Any:
+    if tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            _BYTES_BF16, "=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return tl.inline_asm_elementwise(_BYTES_FP16, "=r,r", [codes], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
+def e2m1_nibbles(codes: tl.tensor, DTYPE: tl.constexpr) -> Any:
+    """The low and the high nibbles. bfloat16 only, whose exponents are those of the scales."""
+    tl.static_assert(tl.bfloat16 == DTYPE)
+    return tl.inline_asm_elementwise(
+        _E2M1_BF16, "=&r,=&r,r", [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+    )
+
+
+@triton.jit
+def difference(a: tl.tensor, b: tl.tensor) -> Any:
+    """a - b of 16-bit floating point, rounded once, of a's shape."""
+    ASM: tl.constexpr = _MINUS_BF16 if a.dtype == tl.bfloat16 else _MINUS_FP16
+    return tl.inline_asm_elementwise(ASM, "=r,r,r", [a, b], dtype=a.dtype, is_pure=True, pack=2)
+
+
+@triton.jit
+def times(a: tl.tensor, b: tl.tensor) -> Any:
+    """a * b of 16-bit floating point, rounded once, of a's shape."""
+    ASM: tl.constexpr = _TIMES_BF16 if a.dtype == tl.bfloat16 else _TIMES_FP16
+    return tl.inline_asm_elementwise(ASM, "=r,r,r", [a, b], dtype=a.dtype, is_pure=True, pack=2)
