@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
 
 import compile_moe
 from compile_moe.ops import registry
 from compile_moe.ops.fused_moe import run_experts
+from compile_moe.ops.kernels import launch as launching
 from compile_moe.ops.kernels import remembered_calls
 from compile_moe.ops.kernels.remembered_calls import remembering
 from compile_moe.ops.named_activations import program_text, resolve
@@ -103,6 +108,67 @@ def test_precision_and_alignment_are_part_of_it(gpu: SimulatedGPU) -> None:
     layer.hidden_states = torch.cat([torch.zeros(1), layer.hidden_states.flatten()])[1:].view(5, 64)
     run(*experts(layer))
     assert len(calls) == 3 and all(calls.values())
+
+
+def test_strides_that_nobody_steps_along_are_not(gpu: SimulatedGPU) -> None:
+    run = remembering(run_experts)
+    calls = remembered_calls._remembered[run_experts]
+    layer = make_layer(**{**SHAPE, "M": 1})
+    wide = torch.cat([layer.hidden_states] * 2, 1)
+    run(*experts(layer))
+    for tokens in (wide[:, :64], wide.repeat(3, 1)[1:2, 64:]):
+        layer.hidden_states = tokens
+        gpu.arguments.clear()
+        run(*experts(layer))
+        assert tokens.data_ptr() in gpu.arguments[1]
+    assert len(calls) == 1
+    layer.hidden_states = torch.cat([layer.hidden_states.unsqueeze(2)] * 2, 2)[:, :, 0]
+    run(*experts(layer))
+    assert len(calls) == 2
+
+
+def test_calls_run_again_while_the_inputs_device_is_current(
+    gpu: SimulatedGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, guarded, launched = torch.zeros(5, 2, dtype=torch.int64), [], []
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        guarded.append(index)
+        yield
+        guarded.clear()
+
+    cuda("sort_tokens", ids, 4, None)
+    monkeypatch.setattr(launching, "is_current_device", lambda index: False)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    gpu.on_launch = lambda: launched.extend(guarded)
+    cuda("sort_tokens", ids, 4, None)
+    assert launched == [ids.get_device()] and guarded == []
+
+
+def test_hooks_of_triton_see_calls_that_are_remembered(gpu: SimulatedGPU) -> None:
+    run, names = remembering(run_experts), []
+    original = CompiledKernel.launch_metadata
+
+    def launch_metadata(kernel: Any, *args: Any) -> Any:
+        names.append(kernel.name)
+        return original(kernel, *args)
+
+    def hook(metadata: Any) -> None:
+        pass
+
+    layer = make_layer(**SHAPE)
+    run(*experts(layer))
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        with mock.patch.object(CompiledKernel, "launch_metadata", launch_metadata):
+            run(*experts(layer))
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert names == GEMMS and gpu.launched == GEMMS * 2
+    assert [len(arguments) for arguments in gpu.arguments[:3]] == [
+        len(arguments) for arguments in gpu.arguments[3:]
+    ]
 
 
 def test_ops_remember_their_calls(gpu: SimulatedGPU) -> None:

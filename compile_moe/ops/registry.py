@@ -25,6 +25,10 @@ NAMESPACE = "compile_moe"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+# Looked up once: every call of an op asks.
+_num_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
 
 OutputSpec = tuple[tuple[int, ...], torch.dtype]
 
@@ -147,11 +151,16 @@ def runs_directly(*tensors: Tensor | None) -> bool:
     """Whether an op on these tensors is nothing but its CUDA implementation: plain tensors without gradients, outside
     of everything that traces or transforms.
     """
+    if is_watched():
+        return False
     grad = torch.is_grad_enabled()
-    return not is_watched() and all(
-        t is None or (type(t) in _PLAIN and t.is_cuda and not t.is_neg() and not (grad and t.requires_grad))
-        for t in tensors
-    )
+    # One after the other, not all(): a generator takes as long as what it checks.
+    for t in tensors:
+        if t is not None and (
+            type(t) not in _PLAIN or not t.is_cuda or t.is_neg() or (grad and t.requires_grad)
+        ):
+            return False
+    return True
 
 
 def is_watched() -> bool:
@@ -159,9 +168,9 @@ def is_watched() -> bool:
     return (
         torch.compiler.is_compiling()
         # What records a call looks on itself.
-        or torch._C._len_torch_dispatch_stack() > (current_recorder() is not None)
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or ((modes := _num_modes()) and modes > (current_recorder() is not None))
+        or _tracing_state() is not None
+        or _innermost_transform() is not None
         or torch.is_autocast_enabled("cuda")
         or forward_ad._current_level >= 0
     )

@@ -88,8 +88,9 @@ def simulated_gpu() -> Iterator[SimulatedGPU]:
     before = getattr(driver, "_active", None)
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(launch, "is_cuda", lambda device: True))
+        patches.enter_context(mock.patch.object(launch, "is_current_device", lambda index: True))
         patches.enter_context(
-            mock.patch.object(launch, "device_guard", lambda device: contextlib.nullcontext())
+            mock.patch.object(launch, "empty_strided", torch._C._dynamo.guards._empty_strided_cpu)
         )
         for cache in ("_loaded", "_ready"):
             patches.enter_context(mock.patch.object(launch, cache, {}))

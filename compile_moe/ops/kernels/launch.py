@@ -15,6 +15,12 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
+guards: Any = None
+try:
+    from torch._C._dynamo import guards
+except ImportError:  # pragma: no cover - depends on the torch version
+    pass
+
 
 class Launch(NamedTuple):
     """A kernel with its grid, positional arguments, and constants and compiler options.
@@ -62,7 +68,29 @@ _ready: dict[Hashable, tuple[ReadyLaunch, ...]] = {}
 _MOST_READY = 4096  # numbers of tokens and shapes; then all are worked out anew
 _loaded: dict[Hashable, dict[Hashable, Any]] = {}
 _lock = threading.Lock()
-_thread = threading.local()
+
+Sizes = tuple[int, ...]
+
+
+def _empty_strided(sizes: Sizes, strides: Sizes, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(sizes, strides, dtype=dtype, device="cuda")
+
+
+#: Memory of the current device. Inductor's way past the dispatcher: a quarter of the time of torch.empty.
+empty_strided: Callable[[Sizes, Sizes, torch.dtype], Tensor] = getattr(
+    guards, "_empty_strided_cuda", _empty_strided
+)
+#: Without making sure that CUDA is initialized, which it is where there are tensors.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
+class _Thread(threading.local):
+    # Of the class: looking for what a thread has not set takes longer than all else here.
+    recorder: Recorder | None = None
+    everything = False
+
+
+_thread = _Thread()
 
 
 def pointer_key(t: Tensor) -> tuple[torch.dtype, bool]:
@@ -106,8 +134,7 @@ def launch(plan: Callable[..., Plan], *arguments: Any) -> None:
 
 def current_recorder() -> Recorder | None:
     """Of this thread."""
-    recorder: Recorder | None = getattr(_thread, "recorder", None)
-    return recorder
+    return _thread.recorder
 
 
 @contextlib.contextmanager
@@ -122,7 +149,12 @@ def recording(recorder: Recorder) -> Iterator[None]:
 
 def loads_everything() -> bool:
     """Whether this thread is inside :func:`loading_everything`."""
-    return getattr(_thread, "everything", False)
+    return _thread.everything
+
+
+def is_observed() -> bool:
+    """Whether more comes of this thread's launches than that they run."""
+    return _thread.everything or _thread.recorder is not None
 
 
 @contextlib.contextmanager
@@ -136,9 +168,9 @@ def loading_everything() -> Iterator[None]:
         _thread.everything = before
 
 
-def current_stream(device: torch.device) -> int:
+def current_stream(device_index: int) -> int:
     """As Triton wants it."""
-    stream: int = driver.active.get_current_stream(device.index)
+    stream: int = driver.active.get_current_stream(device_index)
     return stream
 
 
@@ -152,10 +184,12 @@ def _description(argument: Any) -> Hashable:
     return argument
 
 
+def is_current_device(device_index: int) -> bool:
+    return _current_device() == device_index
+
+
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if torch.cuda.current_device() == device.index:
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
+    return contextlib.nullcontext() if is_current_device(device.index) else torch.cuda.device(device)
 
 
 def _prepare(

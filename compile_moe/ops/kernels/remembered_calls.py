@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compile_moe.ops.kernels import launch as launching
+from compile_moe.ops.kernels.direct_launch import DirectLaunches, Place, launch_all, prepare
 from compile_moe.ops.kernels.precision import dot_precision
 
 _MOST_CALLS = 4096  # of one function; then all are forgotten
@@ -24,6 +25,8 @@ _MOST_CALLS = 4096  # of one function; then all are forgotten
 #: given back between them.
 _MOST_BYTES = 64 * 2**20
 _ALIGNMENT = 256
+_DEBUG = "COMPILE_MOE_DEBUG"
+_DEBUG_KEY = os.environ.encodekey(_DEBUG)
 
 _aten = torch.ops.aten
 _ALLOCATING = {_aten.empty.memory_format, _aten.new_empty.default}
@@ -44,22 +47,16 @@ _VIEWING = {
 }
 
 
-class _Launch(NamedTuple):
-    kernel: Any
-    grid: tuple[int, int, int]
-    args: list[Any]
-    #: (position in args, which memory, bytes from its start): of the given tensors, the results, the scratch memory.
-    addresses: tuple[tuple[int, int, int], ...]
-
-
 class _Call(NamedTuple):
-    results: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    results: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]  # sizes, strides, dtype
     single: bool
     num_scratch_bytes: int
-    launches: tuple[_Launch, ...]
+    #: Memory: the given tensors, the results, the scratch memory.
+    launches: DirectLaunches
 
 
 _UNKNOWN: Any = object()
+_CONSTANTS = frozenset((type(None), str, int, bool))
 _remembered: dict[Callable[..., Any], dict[Hashable, _Call | None]] = {}
 
 
@@ -73,24 +70,23 @@ def remembering(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        if (
-            launching.current_recorder() is not None
-            or launching.loads_everything()
-            or os.environ.get("COMPILE_MOE_DEBUG") == "1"
-        ):
+        if launching.is_observed() or _is_debugging():
             return function(*arguments)
-        given = [a for a in arguments if isinstance(a, Tensor)]
-        addresses = [t.data_ptr() for t in given]
-        key = _key(arguments, addresses)
+        key, addresses = _description(arguments)
         remembered = calls.get(key, _UNKNOWN)
         if remembered is _UNKNOWN:
             if len(calls) >= _MOST_CALLS:
                 calls.clear()
+            given = [a for a in arguments if isinstance(a, Tensor)]
             result, calls[key] = _recorded(function, arguments, given)
             return result
         if remembered is None:
             return function(*arguments)
-        return _again(remembered, given[0].device, addresses)
+        device_index = arguments[0].get_device()
+        if launching.is_current_device(device_index):
+            return _again(remembered, device_index, addresses)
+        with torch.cuda.device(device_index):
+            return _again(remembered, device_index, addresses)
 
     return call
 
@@ -101,29 +97,46 @@ def forget() -> None:
         calls.clear()
 
 
-def _key(arguments: tuple[Any, ...], addresses: list[int]) -> Hashable:
-    first = arguments[0]
-    precision = dot_precision(first.dtype) if first.dtype is torch.float32 else None
-    alignments = [address % 16 for address in addresses]
-    return (
-        precision,
-        *alignments,
-        *[(a.shape, a.stride(), a.dtype, a.get_device()) if isinstance(a, Tensor) else a for a in arguments],
-    )
+def _is_debugging() -> bool:
+    environment: Any = os.environ
+    # Its own lookup encodes and decodes, which takes longer than all else that precedes a launch.
+    data = getattr(environment, "_data", None)
+    if data is None:
+        return environment.get(_DEBUG) == "1"
+    return _DEBUG_KEY in data and environment.get(_DEBUG) == "1"
 
 
-def _again(call: _Call, device: torch.device, addresses: list[int]) -> Any:
-    with launching.device_guard(device):
-        results = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in call.results]
-        scratch = torch.empty(call.num_scratch_bytes, dtype=torch.uint8, device=device)
-        addresses = [*addresses, *[result.data_ptr() for result in results], scratch.data_ptr()]
-        stream = launching.current_stream(device)
-        for kernel, grid, args, places in call.launches:
-            args = args.copy()
-            for position, memory, offset in places:
-                # Triton takes addresses, too, and asks the driver about tensors.
-                args[position] = addresses[memory] + offset
-            kernel[grid](*args, stream=stream)
+def _description(arguments: tuple[Any, ...]) -> tuple[Hashable, list[int]]:
+    """What a call is remembered by, and the addresses of its tensors."""
+    key: list[Any] = []
+    addresses = []
+    bits = 0
+    for argument in arguments:
+        if type(argument) in _CONSTANTS or not isinstance(argument, Tensor):
+            key.append(argument)
+            continue
+        address = argument.data_ptr()
+        addresses.append(address)
+        bits |= address
+        dtype = argument.dtype
+        # Contiguous tensors of one shape differ in the strides of dimensions that nobody steps along.
+        strides = None if argument.is_contiguous() else argument.stride()
+        key += argument.shape, strides, dtype, argument.get_device()
+    if bits % 16:
+        key += [address % 16 for address in addresses]
+    if arguments[0].dtype is torch.float32:
+        key.append(dot_precision(torch.float32))
+    return tuple(key), addresses
+
+
+def _again(call: _Call, device_index: int, addresses: list[int]) -> Any:
+    empty_strided = launching.empty_strided
+    results = [empty_strided(sizes, strides, dtype) for sizes, strides, dtype in call.results]
+    addresses += [result.data_ptr() for result in results]
+    if call.num_scratch_bytes:
+        scratch = empty_strided((call.num_scratch_bytes,), (1,), torch.uint8)
+        addresses.append(scratch.data_ptr())
+    launch_all(call.launches, launching.current_stream(device_index), addresses)
     return results[0] if call.single else tuple(results)
 
 
@@ -199,18 +212,18 @@ class _Record:
         num_bytes = 0
         launches = []
         for ready, tensors in self.launches:
-            places = []
+            args = list(ready.args)
             for (position, _), tensor in zip(ready.tensors, tensors, strict=True):
                 address = tensor.data_ptr()
                 if address in index:
-                    places.append((position, index[address], 0))
+                    args[position] = Place(index[address], 0)
                     continue
                 if address not in allocated:
                     return None
                 if address not in offsets:
                     offsets[address] = num_bytes
                     num_bytes += -(-tensor.untyped_storage().nbytes() // _ALIGNMENT) * _ALIGNMENT
-                places.append((position, len(own), offsets[address]))
-            launches.append(_Launch(ready.compiled, ready.grid, ready.args, tuple(places)))
-        specs = tuple((tuple(r.shape), r.dtype) for r in results)
-        return _Call(specs, isinstance(result, Tensor), num_bytes, tuple(launches))
+                args[position] = Place(len(own), offsets[address])
+            launches.append((ready.compiled, ready.grid, args))
+        specs = tuple((tuple(r.shape), r.stride(), r.dtype) for r in results)
+        return _Call(specs, isinstance(result, Tensor), num_bytes, prepare(launches))
