@@ -238,39 +238,14 @@ def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
     *arguments, tiles = arguments  # type: ignore[assignment]
     if not tile.warp_specialized:
         return (launch_for(tile, *arguments),)
-    (
-        out,
-        x,
-        x_scale,
-        w1,
-        w1_scale,
-        _,
-        slots,
-        offsets,
-        topk,
-        weight_format,
-        bias,
-        body,
-        layout,
-        zero_skipped,
-        _,
-    ) = arguments
+    out, x, x_scale, w1, w1_scale, _, slots, offsets, topk, weights, bias, body, layout, zero_skipped, _ = (
+        arguments
+    )
     if tiles is None:
         tiles = row_tiles.scratch(slots, w1.size(0))
+    inputs = (x, x_scale, w1, w1_scale, slots, offsets, topk)
     launches: tuple[Launch, ...] = float8_gather_gemm.launches_for(
-        tiles,
-        out,
-        x,
-        x_scale,
-        w1,
-        w1_scale,
-        slots,
-        offsets,
-        topk,
-        bias,
-        body,
-        layout,
-        block_rows(weight_format),
+        tiles, out, *inputs, bias, body, layout, block_rows(weights)
     )
     if zero_skipped:
         launches = (*launches, zero_skipped_rows.launch_for(out, slots, offsets, w1.size(0), False))

@@ -165,9 +165,8 @@ def launches_for(
         "STAGES": STAGES,
         "EVEN_K": depth % step(w1) == 0,
         "BLOCK_ROWS": block_rows,
-        # A step's scales take registers, too.
-        "REGISTERS": REGISTERS + 8 if block_rows else REGISTERS,
-        "PRODUCER_REGISTERS": PRODUCER_REGISTERS - 16 if block_rows else PRODUCER_REGISTERS,
+        "REGISTERS": float8_groups.REGISTERS if block_rows else REGISTERS,
+        "PRODUCER_REGISTERS": float8_groups.PRODUCER_REGISTERS if block_rows else PRODUCER_REGISTERS,
         "num_warps": 4,
     }
     kernel = with_epilogue(float8_gather_gemm_kernel, FUNCTIONS, epilogue_body)

@@ -18,6 +18,9 @@ from compile_moe.ops.kernels.warp_specialized.compat import view, warps_barrier
 from compile_moe.ops.kernels.warp_specialized.ring import next_stage
 from compile_moe.ops.kernels.warp_specialized.store import halves, row_slots, store_chunk
 
+# For both GEMMs: with more, the assembler overlaps products with additions, and spills.
+REGISTERS, PRODUCER_REGISTERS = 216, 72
+
 
 @gluon.jit
 def step_sums(w, x, T: gl.constexpr, layout: gl.constexpr):
@@ -119,7 +122,7 @@ def consume_group_tile(
 ):
     """One consumer's 64 weight rows times MAIN + TAIL tokens of a tile."""
     # Sums of a step beside those of all steps, and scales: as many columns at a time as there are registers for.
-    PART: gl.constexpr = 64
+    PART: gl.constexpr = MAIN if MAIN < 128 else (64 if TAIL and MAIN == 256 else 128)
     PARTS: gl.constexpr = MAIN // PART
     STEP: gl.constexpr = x_smem.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 32])
@@ -149,8 +152,11 @@ def consume_group_tile(
         w = w_smem.index(2 * stage + WHICH)
         box = stage * (256 // PART)
         x_scales = scales_smem.index(stage)
-        sums = step_sums(w, boxes.index(box), PART, layout)
         w_scale = w_scales_smem.index(stage).slice(64 * WHICH, 64).load(gl.SliceLayout(1, layout))
+        if TAIL:
+            sums = step_sums(w, tail_smem.index(stage), 32, tail_layout)
+            tail = add_scaled(tail, sums, w_scale, tail_scales_smem.index(stage))
+        sums = step_sums(w, boxes.index(box), PART, layout)
         acc0 = add_scaled(acc0, sums, w_scale, x_scales.slice(0, PART))
         if PARTS > 1:
             sums = step_sums(w, boxes.index(box + 1), PART, layout)
@@ -160,9 +166,6 @@ def consume_group_tile(
             acc2 = add_scaled(acc2, sums, w_scale, x_scales.slice(2 * PART, PART))
             sums = step_sums(w, boxes.index(box + 3), PART, layout)
             acc3 = add_scaled(acc3, sums, w_scale, x_scales.slice(3 * PART, PART))
-        if TAIL:
-            sums = step_sums(w, tail_smem.index(stage), 32, tail_layout)
-            tail = add_scaled(tail, sums, w_scale, tail_scales_smem.index(stage))
         # Products are done, and scales read, in each warp.
         warps_barrier()
         mbarrier.arrive(empty.index(stage), count=1)
