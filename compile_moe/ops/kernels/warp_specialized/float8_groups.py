@@ -35,7 +35,11 @@ def add_scaled(acc, sums, w_scale, scales_smem):
     sums = warpgroup_mma_wait(0, deps=(sums,))
     x_scale = scales_smem.load(gl.SliceLayout(0, layout))
     w_scale = gl.convert_layout(w_scale, gl.SliceLayout(1, layout), assert_trivial=True)
-    return acc + sums * (gl.expand_dims(w_scale, 1) * gl.expand_dims(x_scale, 0))
+    scale = gl.expand_dims(w_scale, 1) * gl.expand_dims(x_scale, 0)
+    # acc + sums * scale, here and now: LLVM would add behind the next products, without the registers for both.
+    return gl.inline_asm_elementwise(
+        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [sums, scale, acc], dtype=gl.float32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
