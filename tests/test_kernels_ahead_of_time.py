@@ -135,16 +135,19 @@ def test_warp_specialized(case: str) -> None:
         compile_launch(zero_skipped.launch_for(out, slots, offsets, e, scattered), 90)
 
 
-#: K, I, activation, whether biased, whether a whole tensor shares a scale.
+#: K, I, activation, whether biased, what has a scale: a row, the tensor, or a block.
 FLOAT8 = {
-    "plain": (2048, 768, "silu", False, False),
-    "interleaved-biased, scale of a tensor": (2880, 2880, "swigluoai", True, True),
+    "plain": (2048, 768, "silu", False, "row"),
+    "interleaved-biased, scale of a tensor": (2880, 2880, "swigluoai", True, "tensor"),
+    "blocks": (2048, 768, "silu", False, "block"),
+    "interleaved-biased, blocks": (2880, 2880, "swigluoai", True, "block"),
+    "ungated, blocks": (1040, 528, "relu2_no_mul", False, "block"),
 }
 
 
 @pytest.mark.parametrize("case", FLOAT8)
 def test_warp_specialized_float8(case: str) -> None:
-    k, i, activation, biased, per_tensor = FLOAT8[case]
+    k, i, activation, biased, scaled = FLOAT8[case]
     program = parse(program_text(activation))
     n, e, topk, m = 2 * i if program.gated else i, 8, 2, 512
     x, w1, w2, rows = (
@@ -152,24 +155,27 @@ def test_warp_specialized_float8(case: str) -> None:
         for shape in ((m, k), (e, n, k), (e, k, i), (m * topk, i))
     )
     between, out = (torch.empty(m * topk, columns, dtype=torch.bfloat16) for columns in (i, k))
-    scales = [
-        torch.empty(1 if per_tensor else (size, 1), dtype=torch.float32) for size in (x.size(0), rows.size(0))
-    ]
-    w_scales = [torch.empty((e,) if per_tensor else (e, size, 1), dtype=torch.float32) for size in (n, k)]
+    shapes: list[tuple[int, ...]] = [(1,), (1,), (e,), (e,)]
+    if scaled == "row":
+        shapes = [(m, 1), (m * topk, 1), (e, n, 1), (e, k, 1)]
+    elif scaled == "block":
+        k_blocks, n_blocks, i_blocks = (-(-size // 128) for size in (k, n, i))
+        shapes = [(m, k_blocks), (m * topk, i_blocks), (e, n_blocks, k_blocks), (e, k_blocks, i_blocks)]
+    x_scale, rows_scale, w1_scale, w2_scale = (torch.empty(shape, dtype=torch.float32) for shape in shapes)
     bias1, bias2 = (torch.empty(e, size, dtype=torch.bfloat16) for size in (n, k)) if biased else (None, None)
     slots, offsets = empty(m * topk), empty(e + 1)
     tiles = row_tiles.scratch(slots, e)
     body, layout = program.triton_source(), program.layout
+    block_rows = 128 if scaled == "block" else 0
+    first = (x, x_scale, w1, w1_scale, slots, offsets, topk)
+    second = (rows, rows_scale, w2, w2_scale, slots, offsets)
     for launch in (
-        *float8_gather_gemm.launches_for(
-            tiles, between, x, scales[0], w1, w_scales[0], slots, offsets, topk, bias1, body, layout
-        ),
-        *float8_scatter_gemm.launches_for(
-            tiles, out, rows, scales[1], w2, w_scales[1], slots, offsets, bias2
-        ),
+        *float8_gather_gemm.launches_for(tiles, between, *first, bias1, body, layout, block_rows),
+        *float8_scatter_gemm.launches_for(tiles, out, *second, bias2, block_rows),
     ):
-        # Sums of a step beside those of all: up to 124 bytes with Triton 3.6, 136 with 3.9.
-        compiled = compile_launch(launch, 90, spills=144)
+        # Sums of a step beside those of all: up to 124 bytes with Triton 3.6, 136 with 3.9. Of blocks, where the
+        # assembler counts the bytes of each kind of tile, mostly those of 256 rows and a tail spill.
+        compiled = compile_launch(launch, 90, spills=1024 if block_rows else 144)
         assert compiled.has_wgmma == ("gemm" in launch.kernel.__name__)
 
 

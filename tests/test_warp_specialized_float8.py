@@ -25,6 +25,13 @@ from tests.support.warp_specialized import FLOAT8_LAYERS, launched, warp_special
 
 HOPPER = DeviceLimits(227 * 1024, async_mma=True, warp_specialized=True)
 PER_ROW, PER_TENSOR = Variant("fp8_w8a8_channel"), Variant("fp8_w8a8_tensor")
+
+
+def per_block(*shape: int) -> Variant:
+    return Variant("fp8_w8a8_block", (("block_shape", shape),))
+
+
+PER_BLOCK = per_block(128, 128)
 OPS = dict(zip(GEMMS, (quantized_gather_gemm, quantized_scatter_gemm), strict=True))
 #: Of both GEMMs, which here write zeros to slots that are skipped.
 KERNELS = [
@@ -46,22 +53,27 @@ def launch_both(q: Quantized) -> None:
 
 
 def test_who_can_run_it(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both schemes whose scales belong to whole rows, of sizes that the tensor memory accelerator reads."""
+    """Schemes whose scales belong to whole rows or to a step's 128 columns, of sizes that TMA reads."""
 
-    def last(scheme: str, k: int = 256, n: int = 128, dtype: torch.dtype = torch.float8_e4m3fn) -> Any:
+    def last(
+        scheme: str, k: int = 256, n: int = 128, dtype: torch.dtype = torch.float8_e4m3fn, **sizes: Any
+    ) -> Any:
         x, w = torch.empty(64, k, dtype=dtype), torch.empty(4, n, k, dtype=dtype)
         out = torch.empty(128, n, dtype=torch.bfloat16)
-        return candidates_for(x, w, out, weight_format(SCHEMES[scheme]().text), False)[-1]
+        return candidates_for(x, w, out, weight_format(SCHEMES[scheme](**sizes).text), False)[-1]
 
     assert last("fp8_w8a8_channel") == last("fp8_w8a8_tensor") == WARP_SPECIALIZED
     assert last("fp8_w8a8_channel", k=272, n=136) == WARP_SPECIALIZED
     assert last("fp8_w8a8_channel", k=264) != WARP_SPECIALIZED != last("fp8_w8a8_channel", n=132)
-    assert last("fp8_w8a8_block") != WARP_SPECIALIZED != last("int8_w8a8_channel", dtype=torch.int8)
+    assert last("fp8_w8a8_block") == last("fp8_w8a8_block", block_shape=(48, 128)) == WARP_SPECIALIZED
+    assert last("fp8_w8a8_block", block_shape=(128, 64)) != WARP_SPECIALIZED
+    assert last("fp8_w8a8_block", block_shape=(128, 256)) != WARP_SPECIALIZED
+    assert last("int8_w8a8_channel", dtype=torch.int8) != WARP_SPECIALIZED
     monkeypatch.setattr(tiles, "device_limits", lambda index: HOPPER._replace(warp_specialized=False))
     assert last("fp8_w8a8_channel") != WARP_SPECIALIZED
 
 
-@pytest.mark.parametrize("variant", [PER_ROW, PER_TENSOR], ids=["row", "tensor"])
+@pytest.mark.parametrize("variant", [PER_ROW, PER_TENSOR, PER_BLOCK], ids=["row", "tensor", "block"])
 def test_launches(hopper: None, variant: Variant) -> None:
     """A list of row tiles, then the GEMM, from as many rows as with 16 bits; other numbers of tokens load nothing."""
     shape = {"K": 128, "I": 64, "E": 4, "topk": 2, "dtype": torch.bfloat16}
@@ -120,9 +132,20 @@ def assert_runs_right(q: Quantized) -> None:
 
 @on_hopper
 @pytest.mark.gpu
+@pytest.mark.parametrize("variant", [PER_ROW, PER_BLOCK], ids=["row", "block"])
 @pytest.mark.parametrize("case", FLOAT8_LAYERS)
-def test_layer(case: str, always: None) -> None:
-    assert_runs_right(make_quantized(PER_ROW, **FLOAT8_LAYERS[case], dtype=torch.bfloat16))
+def test_layer(case: str, variant: Variant, always: None) -> None:
+    assert_runs_right(make_quantized(variant, **FLOAT8_LAYERS[case], dtype=torch.bfloat16))
+
+
+@on_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [64, 90, 128, 150, 200, 256, 285, 512, 600])
+@pytest.mark.parametrize("activation, rows", [("silu", 128), ("swigluoai", 48), ("relu2_no_mul", 128)])
+def test_blocks(activation: str, rows: int, m: int, always: None) -> None:
+    """Every kind of tile, whose weight rows lie in one block or in several, over more steps than the ring has."""
+    layer = {"M": m, "K": 1168, "I": 336, "E": 1, "topk": 1, "activation": activation}
+    assert_runs_right(make_quantized(per_block(rows, 128), **layer, dtype=torch.bfloat16))
 
 
 @on_hopper
@@ -135,8 +158,9 @@ def test_scales_of_tensors(static: str, always: None) -> None:
 
 @on_hopper
 @pytest.mark.gpu
-def test_replays_with_other_routing(always: None) -> None:
-    q = make_quantized(PER_ROW, M=1024, K=256, I=128, E=8, dtype=torch.bfloat16)
+@pytest.mark.parametrize("variant", [PER_ROW, PER_BLOCK], ids=["row", "block"])
+def test_replays_with_other_routing(variant: Variant, always: None) -> None:
+    q = make_quantized(variant, M=1024, K=256, I=128, E=8, dtype=torch.bfloat16)
     args, options = q.on_gpu()
     compile_moe.fused_experts(*args, **options)
     graph = torch.cuda.CUDAGraph()

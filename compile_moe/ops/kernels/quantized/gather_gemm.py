@@ -17,7 +17,7 @@ from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 from compile_moe.ops.kernels.precision import Precision, dot_precision
 from compile_moe.ops.kernels.quantized import operands
 from compile_moe.ops.kernels.quantized.multiply import multiply, with_format
-from compile_moe.ops.kernels.quantized.tiles import candidates_for, may_be_warp_specialized
+from compile_moe.ops.kernels.quantized.tiles import block_rows, candidates_for, may_be_warp_specialized
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
 from compile_moe.ops.kernels.tiles import Tile, choose_tile, grouped_order, locate_tile, max_row_tiles
 from compile_moe.ops.kernels.tuned_tiles import plan_of
@@ -239,11 +239,14 @@ def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
     *arguments, tiles = arguments  # type: ignore[assignment]
     if not tile.warp_specialized:
         return (launch_for(tile, *arguments),)
-    out, x, x_scale, w1, w1_scale, _, slots, offsets, topk, _, bias, body, layout, zero_skipped, _ = arguments
+    out, x, x_scale, w1, w1_scale, _, slots, offsets, topk, weights, bias, body, layout, zero_skipped, _ = (
+        arguments
+    )
     if tiles is None:
         tiles = row_tiles.scratch(slots, w1.size(0))
+    inputs = (x, x_scale, w1, w1_scale, slots, offsets, topk)
     launches: tuple[Launch, ...] = float8_gather_gemm.launches_for(
-        tiles, out, x, x_scale, w1, w1_scale, slots, offsets, topk, bias, body, layout
+        tiles, out, *inputs, bias, body, layout, block_rows(weights)
     )
     if zero_skipped:
         launches = (*launches, zero_skipped_rows.launch_for(out, slots, offsets, w1.size(0), False))

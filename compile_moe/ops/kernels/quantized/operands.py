@@ -26,10 +26,9 @@ def strides(
     )
 
 
-def row_scale_strides(x_scale: Tensor, w_scale: Tensor) -> tuple[int, int, int]:
-    """Of the weights' scales, by experts and rows, and of the tokens', by rows, where whole rows share them."""
-    stride_se, stride_sn, _ = _weight_scale_strides(w_scale)
-    return stride_se, stride_sn, _token_scale_strides(x_scale)[0]
+def scale_strides(x_scale: Tensor, w_scale: Tensor) -> tuple[int, ...]:
+    """Of the weights' scales, by experts, rows and groups, and of the tokens', by rows and groups."""
+    return *_weight_scale_strides(w_scale), *_token_scale_strides(x_scale)
 
 
 def _token_scale_strides(scale: Tensor | None) -> tuple[int, int]:

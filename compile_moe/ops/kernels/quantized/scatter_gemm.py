@@ -16,7 +16,7 @@ from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 from compile_moe.ops.kernels.precision import Precision, dot_precision
 from compile_moe.ops.kernels.quantized import operands
 from compile_moe.ops.kernels.quantized.multiply import multiply, with_format
-from compile_moe.ops.kernels.quantized.tiles import candidates_for, may_be_warp_specialized
+from compile_moe.ops.kernels.quantized.tiles import block_rows, candidates_for, may_be_warp_specialized
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
 from compile_moe.ops.kernels.tiles import Tile, choose_tile, grouped_order, locate_tile, max_row_tiles
 from compile_moe.ops.kernels.tuned_tiles import plan_of
@@ -202,11 +202,11 @@ def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
     *arguments, tiles = arguments  # type: ignore[assignment]
     if not tile.warp_specialized:
         return (launch_for(tile, *arguments),)
-    out, x, x_scale, w2, w2_scale, _, slots, offsets, _, bias, zero_skipped, _ = arguments
+    out, x, x_scale, w2, w2_scale, _, slots, offsets, weight_format, bias, zero_skipped, _ = arguments
     if tiles is None:
         tiles = row_tiles.scratch(slots, w2.size(0))
     launches: tuple[Launch, ...] = float8_scatter_gemm.launches_for(
-        tiles, out, x, x_scale, w2, w2_scale, slots, offsets, bias
+        tiles, out, x, x_scale, w2, w2_scale, slots, offsets, bias, block_rows(weight_format)
     )
     if zero_skipped:
         launches = (*launches, zero_skipped_rows.launch_for(out, slots, offsets, w2.size(0), True))

@@ -12,6 +12,7 @@ from compile_moe.ops.kernels.gemm_problem import has_boxes
 from compile_moe.ops.kernels.quantized.operands import steps_of
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
 from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, DeviceLimits, Tile, device_limits
+from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES
 
 _ROW_TILES = (16, 32, 64, 128)
 
@@ -30,8 +31,14 @@ def candidates_for(
 
 
 def may_be_warp_specialized(weight_format: WeightFormat, w: Tensor) -> bool:
-    """Whether there are warp-specialized kernels of a scheme: 8-bit floating point, scales shared by whole rows."""
-    return weight_format.scales_sums and not weight_format.group and w.dtype is torch.float8_e4m3fn
+    """Whether there are warp-specialized kernels of a scheme: 8-bit floating point, scales of whole rows or a step."""
+    is_step = weight_format.group in (0, STEP_BYTES.value)
+    return weight_format.scales_sums and is_step and w.dtype is torch.float8_e4m3fn
+
+
+def block_rows(weight_format: WeightFormat) -> int:
+    """As the warp-specialized kernels take them: rows of a block of the weights, 0 where whole rows have a scale."""
+    return weight_format.rows if weight_format.group else 0
 
 
 @functools.cache

@@ -129,9 +129,16 @@ def is_kind(rows, KIND: gl.constexpr):
 
 
 @gluon.jit
-def weight_rows(column8, columns8, EPILOGUE: gl.constexpr, INTERLEAVED: gl.constexpr, layout: gl.constexpr):
-    """Rows of an expert's weights that a consumer multiplies, and whether there are such."""
-    m = gl.arange(0, 64, layout=layout)
+def weight_rows(
+    column8,
+    columns8,
+    EPILOGUE: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
+    layout: gl.constexpr,
+    ROWS: gl.constexpr = 64,
+):
+    """Rows of an expert's weights that a consumer multiplies (or both: 128), and whether there are such."""
+    m = gl.arange(0, ROWS, layout=layout)
     if EPILOGUE == "gated":
         column = column8 * 8 + m // 16 * 8 + m % 8
         mask = column < columns8 * 8

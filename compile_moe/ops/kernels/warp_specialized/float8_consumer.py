@@ -12,48 +12,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
     mbarrier,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from compile_moe.ops.kernels.warp_specialized.compat import copy_rows, view, warps_barrier
-from compile_moe.ops.kernels.warp_specialized.consumer import is_kind, weight_rows
+from compile_moe.ops.kernels.warp_specialized.compat import view, warps_barrier
+from compile_moe.ops.kernels.warp_specialized.consumer import is_kind, load_bias, weight_rows
+from compile_moe.ops.kernels.warp_specialized.float8_groups import consume_group_tile, step_sums
 from compile_moe.ops.kernels.warp_specialized.ring import find_tile, next_stage
+from compile_moe.ops.kernels.warp_specialized.row_scales import copy_scales, scaled
 from compile_moe.ops.kernels.warp_specialized.store import halves, row_slots, store_chunk
-
-
-@gluon.jit
-def allocate_scales():
-    """Of a tile's tokens, and its tail's, for each consumer."""
-    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    scales_smem = gl.allocate_shared_memory(gl.float32, [2, 256], layout)
-    return scales_smem, gl.allocate_shared_memory(gl.float32, [2, 32], layout)
-
-
-@gluon.jit
-def copy_scales(
-    scales_smem, x_scale_ptr, stride_xsm, slots_ptr, first, rows, num_slots, topk, T: gl.constexpr
-):
-    """Scales of T tokens, from where their slots say."""
-    t = gl.arange(0, T, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    slot = gl.load(slots_ptr + first + t, mask=t < rows, other=0)
-    row = gl.where((slot >= 0) & (slot < num_slots), slot, 0) // topk
-    copy_rows(scales_smem, x_scale_ptr + row.to(gl.int64) * stride_xsm, mask=t < rows)
-
-
-@gluon.jit
-def scaled(
-    acc, w_scale, scales_smem, x_scale_ptr, stride_xsm, first, rows, T: gl.constexpr, GATHER: gl.constexpr
-):
-    """(64, T) sums times the scales of their weight rows and tokens."""
-    layout: gl.constexpr = acc.type.layout
-    if GATHER:
-        x_scale = scales_smem.load(gl.SliceLayout(0, layout))
-    else:
-        t = gl.arange(0, T, layout=gl.SliceLayout(0, layout))
-        x_scale = gl.load(x_scale_ptr + (first + t).to(gl.int64) * stride_xsm, mask=t < rows, other=0.0)
-    w_scale = gl.convert_layout(w_scale, gl.SliceLayout(1, layout))
-    return acc * gl.expand_dims(w_scale, 1) * gl.expand_dims(x_scale, 0)
 
 
 @gluon.jit
@@ -81,12 +48,6 @@ def store_scaled_chunk(
         slot = row_slots(slots_ptr, first, rows, num_slots, T, EPILOGUE)
         acc = scaled(acc, w_scale, scales_smem, x_scale_ptr, stride_xsm, first, rows, T, GATHER)
         store_chunk(acc, bias, result_smem, out_ptr, slot, rows, column8, columns8, EPILOGUE, HAS_BIAS, T)
-
-
-@gluon.jit
-def step_sums(w, x, T: gl.constexpr, layout: gl.constexpr):
-    zeros = gl.zeros([64, T], gl.float32, layout)
-    return warpgroup_mma(w, x.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -240,7 +201,6 @@ def float8_consumer(
     tail_smem,
     result_smem,
     scales_smem,
-    tail_scales_smem,
     full,
     empty,
     out_ptr,
@@ -265,15 +225,18 @@ def float8_consumer(
     HAS_BIAS: gl.constexpr,
     INTERLEAVED: gl.constexpr,
     GATHER: gl.constexpr,
+    BLOCK_ROWS: gl.constexpr,
 ):
-    """Every tile of this program, as ``consumer`` does."""
+    """Every tile of this program, as ``consumer`` does.
+
+    ``scales_smem`` is what ``allocate_scale_ring`` returns where BLOCK_ROWS of the weights share scales, else what
+    ``allocate_scales`` does.
+    """
     num_row_tiles = gl.load(tiles_ptr)
     num_tiles = num_row_tiles * num_n
     stage = 0
     phase = 0
     result_smem = result_smem.index(WHICH)
-    scales_smem = scales_smem.index(WHICH)
-    tail_scales_smem = tail_scales_smem.index(WHICH)
     WIDTH8: gl.constexpr = 4 if EPILOGUE == "gated" else 8
     step = gl.num_programs(0)
     e1, f1, r1, n1 = find_tile(tiles_ptr, gl.program_id(0), num_row_tiles, num_n)
@@ -281,22 +244,29 @@ def float8_consumer(
         expert, first, rows, tile_n = e1, f1, r1, n1
         e1, f1, r1, n1 = find_tile(tiles_ptr, tile + step, num_row_tiles, num_n)
         column8 = (2 * tile_n + WHICH) * WIDTH8
-        row_layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-        column, mask = weight_rows(column8, columns8, EPILOGUE, INTERLEAVED, row_layout)
-        scales = w_scale_ptr + expert.to(gl.int64) * stride_se
-        w_scale = gl.load(scales + column.to(gl.int64) * stride_sn, mask=mask, other=0.0)
-        if HAS_BIAS:
-            biases = bias_ptr + expert.to(gl.int64) * stride_be
-            bias = gl.load(biases + column * stride_bn, mask=mask, other=0.0).to(gl.float32)
-        else:
-            bias = gl.zeros([64], gl.float32, row_layout)
+        biases = bias_ptr + expert.to(gl.int64) * stride_be
+        bias = load_bias(biases, stride_bn, column8, columns8, EPILOGUE, HAS_BIAS, INTERLEAVED)
+        if not BLOCK_ROWS:
+            scales = w_scale_ptr + expert.to(gl.int64) * stride_se
+            layout: gl.constexpr = bias.type.layout
+            column, mask = weight_rows(column8, columns8, EPILOGUE, INTERLEAVED, layout)
+            w_scale = gl.load(scales + column.to(gl.int64) * stride_sn, mask=mask, other=0.0)
         for i in gl.static_range(6):
             if is_kind(rows, i):
                 # 64, 128 or 256 tokens, without and with a tail.
-                stage, phase = consume_float8_tile(
-                    w_smem, x_smem, tail_smem, result_smem, scales_smem, tail_scales_smem, full, empty,
-                    stage, phase, num_k,
-                    bias, w_scale, x_scale_ptr, stride_xsm,
-                    out_ptr, slots_ptr, first, rows, num_slots, topk, column8, columns8,
-                    WHICH, 64 << (i // 2), i % 2 == 1, STAGES, EPILOGUE, HAS_BIAS, GATHER,
-                )  # fmt: skip
+                MAIN: gl.constexpr = 64 << (i // 2)
+                TAIL: gl.constexpr = i % 2 == 1
+                if BLOCK_ROWS:
+                    stage, phase = consume_group_tile(
+                        w_smem, x_smem, tail_smem, result_smem, scales_smem, full, empty, stage, phase, num_k,
+                        bias, out_ptr, slots_ptr, first, rows, num_slots, column8, columns8,
+                        WHICH, MAIN, TAIL, STAGES, EPILOGUE, HAS_BIAS, GATHER,
+                    )  # fmt: skip
+                else:
+                    stage, phase = consume_float8_tile(
+                        w_smem, x_smem, tail_smem, result_smem,
+                        scales_smem[0].index(WHICH), scales_smem[1].index(WHICH), full, empty, stage, phase, num_k,
+                        bias, w_scale, x_scale_ptr, stride_xsm,
+                        out_ptr, slots_ptr, first, rows, num_slots, topk, column8, columns8,
+                        WHICH, MAIN, TAIL, STAGES, EPILOGUE, HAS_BIAS, GATHER,
+                    )  # fmt: skip

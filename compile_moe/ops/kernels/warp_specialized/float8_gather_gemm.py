@@ -9,14 +9,14 @@ from triton.experimental.gluon import language as gl
 from compile_moe.ops.kernels.launch import Launch
 from compile_moe.ops.kernels.quantized import operands
 from compile_moe.ops.kernels.warp_specialized import float8_consumer as consumers
-from compile_moe.ops.kernels.warp_specialized import row_tiles
+from compile_moe.ops.kernels.warp_specialized import float8_groups, row_tiles
 from compile_moe.ops.kernels.warp_specialized.descriptors import (
     gated_weights,
     num_programs,
     plain_weights,
     step,
 )
-from compile_moe.ops.kernels.warp_specialized.float8_consumer import allocate_scales, float8_consumer
+from compile_moe.ops.kernels.warp_specialized.float8_consumer import float8_consumer
 from compile_moe.ops.kernels.warp_specialized.gather_gemm import (
     PRODUCER_REGISTERS,
     REGISTERS,
@@ -24,6 +24,18 @@ from compile_moe.ops.kernels.warp_specialized.gather_gemm import (
 )
 from compile_moe.ops.kernels.warp_specialized.producers import producer_gather
 from compile_moe.ops.kernels.warp_specialized.ring import STAGES, allocate
+from compile_moe.ops.kernels.warp_specialized.row_scales import allocate_scales
+from compile_moe.ops.kernels.warp_specialized.scale_ring import allocate_scale_ring
+
+#: That store results or call such.
+FUNCTIONS = (
+    (float8_groups, "store_32"),
+    (float8_groups, "store_64"),
+    (float8_groups, "consume_group_tile"),
+    (consumers, "store_scaled_chunk"),
+    (consumers, "consume_float8_tile"),
+    (consumers, "float8_consumer"),
+)
 
 
 def float8_gather_gemm_kernel(
@@ -46,46 +58,56 @@ def float8_gather_gemm_kernel(
     stride_bn,
     stride_se,
     stride_sn,
+    stride_sk,
     stride_xsm,
+    stride_xsk,
     EPILOGUE: gl.constexpr,  # "gated", "ungated"
     INTERLEAVED: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     STAGES: gl.constexpr,
     EVEN_K: gl.constexpr,
+    BLOCK_ROWS: gl.constexpr,  # of the weights, that share a scale for each 128 columns; 0: all columns share one
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(
-        x_ptr.dtype.element_ty, out_ptr.dtype.element_ty, STAGES, 129
+        x_ptr.dtype.element_ty, out_ptr.dtype.element_ty, STAGES, 129, 32 if BLOCK_ROWS else 64
     )
-    scales_smem, tail_scales_smem = allocate_scales()
+    if BLOCK_ROWS:
+        scales_smem = allocate_scale_ring(STAGES)
+    else:
+        scales_smem = allocate_scales()
+    scales = (
+        x_scale_ptr, stride_xsm, stride_xsk, w_scale_ptr, stride_se, stride_sn, stride_sk, columns8, scales_smem,
+    )  # fmt: skip
     gl.warp_specialize(
         [
             (
                 float8_consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, scales_smem, tail_scales_smem, full, empty,
+                    w_smem, x_smem, tail_smem, result_smem, scales_smem, full, empty,
                     out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
                     slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, topk,
                     stride_be, stride_bn, stride_se, stride_sn, stride_xsm,
-                    0, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True,
+                    0, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, BLOCK_ROWS,
                 ),
             ),
             (
                 float8_consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, scales_smem, tail_scales_smem, full, empty,
+                    w_smem, x_smem, tail_smem, result_smem, scales_smem, full, empty,
                     out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
                     slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, topk,
                     stride_be, stride_bn, stride_se, stride_sn, stride_xsm,
-                    1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True,
+                    1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, BLOCK_ROWS,
                 ),
             ),
             (
                 producer_gather,
                 (
                     w_desc, x_ptr, slots_ptr, w_smem, x_smem, tail_smem, full, empty, tiles_ptr,
-                    num_slots, num_n, num_k, row_stride16, depth16, topk, STAGES, EPILOGUE, EVEN_K,
+                    num_slots, num_n, num_k, row_stride16, depth16, topk, scales,
+                    STAGES, EPILOGUE, EVEN_K, INTERLEAVED, BLOCK_ROWS,
                 ),
             ),
         ],
@@ -107,8 +129,13 @@ def launches_for(
     bias: Tensor | None,
     epilogue_body: str,
     layout: str,
+    block_rows: int,
 ) -> tuple[Launch, Launch]:
-    """Row tiles, then the GEMM."""
+    """Row tiles, then the GEMM.
+
+    Args:
+        block_rows: of the weights, that share a scale for each 128 columns; 0: all columns share one.
+    """
     num_slots, num_columns = out.shape
     gated = layout != "ungated"
     depth = hidden_states.size(1)
@@ -129,7 +156,7 @@ def launches_for(
         hidden_states.stride(0) // 16,
         topk,
         *((0, 0) if bias is None else bias.stride()),
-        *operands.row_scale_strides(hidden_states_scale, w1_scale),
+        *operands.scale_strides(hidden_states_scale, w1_scale),
     )
     options = {
         "EPILOGUE": "gated" if gated else "ungated",
@@ -137,12 +164,12 @@ def launches_for(
         "HAS_BIAS": bias is not None,
         "STAGES": STAGES,
         "EVEN_K": depth % step(w1) == 0,
-        "REGISTERS": REGISTERS,
-        "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
+        "BLOCK_ROWS": block_rows,
+        "REGISTERS": float8_groups.REGISTERS if block_rows else REGISTERS,
+        "PRODUCER_REGISTERS": float8_groups.PRODUCER_REGISTERS if block_rows else PRODUCER_REGISTERS,
         "num_warps": 4,
     }
-    names = ("store_scaled_chunk", "consume_float8_tile", "float8_consumer")
-    kernel = with_epilogue(float8_gather_gemm_kernel, consumers, names, epilogue_body)
+    kernel = with_epilogue(float8_gather_gemm_kernel, FUNCTIONS, epilogue_body)
     return (
         row_tiles.launch_for(tiles, expert_offsets, num_slots, w1.size(0)),
         Launch(kernel, (num_programs(out.device.index),), args, options),

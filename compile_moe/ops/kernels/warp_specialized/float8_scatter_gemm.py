@@ -9,11 +9,13 @@ from triton.experimental.gluon import language as gl
 
 from compile_moe.ops.kernels.launch import Launch
 from compile_moe.ops.kernels.quantized import operands
-from compile_moe.ops.kernels.warp_specialized import row_tiles
+from compile_moe.ops.kernels.warp_specialized import float8_groups, row_tiles
 from compile_moe.ops.kernels.warp_specialized.descriptors import num_programs, plain_weights, rows, step
-from compile_moe.ops.kernels.warp_specialized.float8_consumer import allocate_scales, float8_consumer
+from compile_moe.ops.kernels.warp_specialized.float8_consumer import float8_consumer
 from compile_moe.ops.kernels.warp_specialized.producers import producer_tma
 from compile_moe.ops.kernels.warp_specialized.ring import STAGES, allocate
+from compile_moe.ops.kernels.warp_specialized.row_scales import allocate_scales
+from compile_moe.ops.kernels.warp_specialized.scale_ring import allocate_scale_ring
 from compile_moe.ops.kernels.warp_specialized.scatter_gemm import PRODUCER_REGISTERS, REGISTERS
 
 
@@ -36,43 +38,52 @@ def float8_scatter_gemm_kernel(
     stride_bn,
     stride_se,
     stride_sn,
+    stride_sk,
     stride_xsm,
+    stride_xsk,
     HAS_BIAS: gl.constexpr,
+    BLOCK_ROWS: gl.constexpr,  # of the weights, that share a scale for each 128 columns; 0: all columns share one
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(
-        x_desc.dtype, out_ptr.dtype.element_ty, STAGES, 1
+        x_desc.dtype, out_ptr.dtype.element_ty, STAGES, 129 if BLOCK_ROWS else 1, 32 if BLOCK_ROWS else 64
     )
-    scales_smem, tail_scales_smem = allocate_scales()
+    if BLOCK_ROWS:
+        scales_smem = allocate_scale_ring(STAGES)
+    else:
+        scales_smem = allocate_scales()
+    scales = (
+        x_scale_ptr, stride_xsm, stride_xsk, w_scale_ptr, stride_se, stride_sn, stride_sk, columns8, scales_smem,
+    )  # fmt: skip
     gl.warp_specialize(
         [
             (
                 float8_consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, scales_smem, tail_scales_smem, full, empty,
+                    w_smem, x_smem, tail_smem, result_smem, scales_smem, full, empty,
                     out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
                     slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, 1,
                     stride_be, stride_bn, stride_se, stride_sn, stride_xsm,
-                    0, STAGES, "none", HAS_BIAS, False, False,
+                    0, STAGES, "none", HAS_BIAS, False, False, BLOCK_ROWS,
                 ),
             ),
             (
                 float8_consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, scales_smem, tail_scales_smem, full, empty,
+                    w_smem, x_smem, tail_smem, result_smem, scales_smem, full, empty,
                     out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
                     slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, 1,
                     stride_be, stride_bn, stride_se, stride_sn, stride_xsm,
-                    1, STAGES, "none", HAS_BIAS, False, False,
+                    1, STAGES, "none", HAS_BIAS, False, False, BLOCK_ROWS,
                 ),
             ),
             (
                 producer_tma,
                 (
                     w_desc, x_desc, x256_desc, w_smem, x_smem, tail_smem, full, empty, tiles_ptr, num_n, num_k,
-                    STAGES, "none",
+                    scales, STAGES, "none", BLOCK_ROWS,
                 ),
             ),
         ],
@@ -91,8 +102,13 @@ def launches_for(
     sorted_slots: Tensor,
     expert_offsets: Tensor,
     bias: Tensor | None,
+    block_rows: int,
 ) -> tuple[Launch, Launch]:
-    """Row tiles, then the GEMM."""
+    """Row tiles, then the GEMM.
+
+    Args:
+        block_rows: of the weights, that share a scale for each 128 columns; 0: all columns share one.
+    """
     num_slots, num_columns = out.shape
     args = (
         out,
@@ -109,13 +125,14 @@ def launches_for(
         triton.cdiv(w2.size(2), step(w2)),
         num_columns // 8,
         *((0, 0) if bias is None else bias.stride()),
-        *operands.row_scale_strides(intermediate_scale, w2_scale),
+        *operands.scale_strides(intermediate_scale, w2_scale),
     )
     options = {
         "HAS_BIAS": bias is not None,
         "STAGES": STAGES,
-        "REGISTERS": REGISTERS,
-        "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
+        "BLOCK_ROWS": block_rows,
+        "REGISTERS": float8_groups.REGISTERS if block_rows else REGISTERS,
+        "PRODUCER_REGISTERS": float8_groups.PRODUCER_REGISTERS if block_rows else PRODUCER_REGISTERS,
         "num_warps": 4,
     }
     return (

@@ -79,7 +79,7 @@ def gather_gemm_kernel(
                 producer_gather,
                 (
                     w_desc, x_ptr, slots_ptr, w_smem, x_smem, tail_smem, full, empty, tiles_ptr,
-                    num_slots, num_n, num_k, row_stride16, depth16, topk, STAGES, EPILOGUE, EVEN_K,
+                    num_slots, num_n, num_k, row_stride16, depth16, topk, (), STAGES, EPILOGUE, EVEN_K, INTERLEAVED, 0,
                 ),
             ),
         ],
@@ -89,18 +89,17 @@ def gather_gemm_kernel(
 
 
 @functools.cache
-def with_epilogue(kernel: Any, consumers: ModuleType, names: tuple[str, ...], body: str) -> Any:
+def with_epilogue(kernel: Any, functions: tuple[tuple[ModuleType, str], ...], body: str) -> Any:
     """A kernel, of which every function from ``store.finish`` up calls the epilogue with ``body``.
 
     An empty body leaves the placeholder: the gate passes through.
 
     Args:
-        names: of those functions in ``consumers``, callees first.
+        functions: those behind the ones of ``store``, as modules and names, callees first.
     """
     replaced: dict[str, Any] = {"epilogue": build_epilogue(body)} if body else {}
-    stores = [(store, name) for name in ("finish", "store_pairs", "store_chunk")]
-    functions = [*stores, *((consumers, name) for name in names)]
-    for module, name in functions:
+    stores = tuple((store, name) for name in ("finish", "store_pairs", "store_chunk"))
+    for module, name in (*stores, *functions):
         replaced[name] = jit(with_globals(getattr(module, name).fn, replaced))
     return jit(with_globals(kernel, replaced), do_not_specialize=list(DO_NOT_SPECIALIZE))
 
@@ -153,7 +152,8 @@ def launches_for(
         "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
         "num_warps": 4,
     }
-    kernel = with_epilogue(gather_gemm_kernel, consumers, ("consume_tile", "consumer"), epilogue_body)
+    functions = (consumers, "consume_tile"), (consumers, "consumer")
+    kernel = with_epilogue(gather_gemm_kernel, functions, epilogue_body)
     return (
         row_tiles.launch_for(tiles, expert_offsets, num_slots, w1.size(0)),
         Launch(kernel, (num_programs(out.device.index),), args, options),

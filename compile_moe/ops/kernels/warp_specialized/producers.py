@@ -8,6 +8,13 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 
 from compile_moe.ops.kernels.warp_specialized.compat import copy_box, copy_rows, view
 from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES, find_tile, next_stage
+from compile_moe.ops.kernels.warp_specialized.scale_ring import (
+    copy_scales,
+    row_scale_ptrs,
+    token_scale_ptrs,
+    token_slots,
+    weight_scale_ptrs,
+)
 
 
 @gluon.jit
@@ -39,9 +46,12 @@ def producer_tma(
     tiles_ptr,
     num_n,
     num_k,
+    scales,
     STAGES: gl.constexpr,
     EPILOGUE: gl.constexpr,
+    BLOCK_ROWS: gl.constexpr,
 ):
+    """Fill the ring with rows in expert order, and that of ``scales`` where BLOCK_ROWS of the weights share one."""
     num_row_tiles = gl.load(tiles_ptr)
     num_tiles = num_row_tiles * num_n
     STEP: gl.constexpr = x_smem.shape[2]
@@ -55,6 +65,10 @@ def producer_tma(
     for tile in range(gl.program_id(0), num_tiles, step):
         expert, first, rows, tile_n = e1, f1, r1, n1
         e1, f1, r1, n1 = find_tile(tiles_ptr, tile + step, num_row_tiles, num_n)
+        if BLOCK_ROWS:
+            before, _ = tail_start(rows)
+            ptrs = row_scale_ptrs(scales, first, rows, before)
+            w_ptrs = weight_scale_ptrs(scales, expert, tile_n, EPILOGUE, False, BLOCK_ROWS)
         if rows > 160:
             has_tail = rows > 256
             for k in range(num_k):
@@ -65,6 +79,9 @@ def producer_tma(
                 load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * STEP, EPILOGUE, STAGES)
                 copy_box(x256_desc, [first, k * STEP], bar, x256.index(stage))
                 copy_box(x_desc, [first + 256, k * STEP], bar, tail_smem.index(stage), pred=has_tail)
+                if BLOCK_ROWS:
+                    copy_scales(scales, stage, k, ptrs, w_ptrs, has_tail)
+                    async_copy.mbarrier_arrive(bar, increment_count=False)
                 stage, phase = next_stage(stage, phase, STAGES)
         else:
             boxes = (rows + 31) // 32
@@ -82,6 +99,9 @@ def producer_tma(
                         x_desc, [first + 32 * i, k * STEP], bar, x_smem.index(8 * stage + i), pred=i < whole
                     )
                 copy_box(x_desc, [first + 32 * whole, k * STEP], bar, tail_smem.index(stage), pred=has_tail)
+                if BLOCK_ROWS:
+                    copy_scales(scales, stage, k, ptrs, w_ptrs, has_tail)
+                    async_copy.mbarrier_arrive(bar, increment_count=False)
                 stage, phase = next_stage(stage, phase, STAGES)
 
 
@@ -144,10 +164,14 @@ def producer_gather(
     row_stride16,
     depth16,
     topk,
+    scales,
     STAGES: gl.constexpr,
     EPILOGUE: gl.constexpr,
     EVEN_K: gl.constexpr,
+    INTERLEAVED: gl.constexpr,
+    BLOCK_ROWS: gl.constexpr,
 ):
+    """Fill the ring with rows of the slots' tokens, and that of ``scales`` as ``producer_tma`` does."""
     num_row_tiles = gl.load(tiles_ptr)
     num_tiles = num_row_tiles * num_n
     STEP: gl.constexpr = x_smem.shape[2]
@@ -159,6 +183,8 @@ def producer_gather(
     # Loads for the next tile, and for the one after it what they depend on, before this tile's.
     e1, f1, r1, n1 = find_tile(tiles_ptr, gl.program_id(0), num_row_tiles, num_n)
     s0, s1, s2, s3, st = tile_slots(slots_ptr, f1, r1, layout)
+    if BLOCK_ROWS:
+        scale_slots = token_slots(slots_ptr, f1, r1, tail_start(r1)[0])
     e2, f2, r2, n2 = find_tile(tiles_ptr, gl.program_id(0) + step, num_row_tiles, num_n)
     for tile in range(gl.program_id(0), num_tiles, step):
         o0 = row_offsets(s0, num_slots, row_stride16, topk, STEP, layout)
@@ -168,6 +194,10 @@ def producer_gather(
         ot = row_offsets(st, num_slots, row_stride16, topk, STEP, layout)
         expert, rows, tile_n = e1, r1, n1
         s0, s1, s2, s3, st = tile_slots(slots_ptr, f2, r2, layout)
+        if BLOCK_ROWS:
+            ptrs = token_scale_ptrs(scales, scale_slots, num_slots, topk)
+            scale_slots = token_slots(slots_ptr, f2, r2, tail_start(r2)[0])
+            w_ptrs = weight_scale_ptrs(scales, expert, tile_n, EPILOGUE, INTERLEAVED, BLOCK_ROWS)
         # Sums, because Triton doesn't see that ``e1 = e2`` changes from one iteration to the next.
         e1, r1, n1 = e2 + 0, r2 + 0, n2 + 0
         e2, f2, r2, n2 = find_tile(tiles_ptr, tile + 2 * step, num_row_tiles, num_n)
@@ -189,5 +219,7 @@ def producer_gather(
                 gather_box(x64.index(4 * stage + 3), base + o3, depth16, k, EVEN_K, layout)
             if has_tail:
                 gather_box(tail_smem.index(stage), base + ot, depth16, k, EVEN_K, layout)
+            if BLOCK_ROWS:
+                copy_scales(scales, stage, k, ptrs, w_ptrs, has_tail)
             async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)

@@ -12,7 +12,13 @@ COLUMNS = gl.constexpr(16)  # column tiles that a group of row tiles takes at a 
 
 
 @gluon.jit
-def allocate(dtype: gl.constexpr, result_dtype: gl.constexpr, STAGES: gl.constexpr, FULL_COUNT: gl.constexpr):
+def allocate(
+    dtype: gl.constexpr,
+    result_dtype: gl.constexpr,
+    STAGES: gl.constexpr,
+    FULL_COUNT: gl.constexpr,
+    RESULT_ROWS: gl.constexpr = 64,
+):
     """Weights, tokens in boxes of 32, tails, space to transpose results in, and barriers; of each stage but one."""
     layout: gl.constexpr = gl.NVMMASharedLayout(128, dtype.primitive_bitwidth, 2)
     STEP: gl.constexpr = STEP_BYTES * 8 // dtype.primitive_bitwidth
@@ -20,7 +26,7 @@ def allocate(dtype: gl.constexpr, result_dtype: gl.constexpr, STAGES: gl.constex
     x_smem = gl.allocate_shared_memory(dtype, [8 * STAGES, 32, STEP], layout)
     tail_smem = gl.allocate_shared_memory(dtype, [STAGES, 32, STEP], layout)
     result_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    result_smem = gl.allocate_shared_memory(result_dtype, [2, 64, 64], result_layout)
+    result_smem = gl.allocate_shared_memory(result_dtype, [2, RESULT_ROWS, 64], result_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):

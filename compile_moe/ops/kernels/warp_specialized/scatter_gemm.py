@@ -68,7 +68,7 @@ def scatter_gemm_kernel(
                 producer_tma,
                 (
                     w_desc, x_desc, x256_desc, w_smem, x_smem, tail_smem, full, empty, tiles_ptr, num_n, num_k,
-                    STAGES, "none",
+                    (), STAGES, "none", 0,
                 ),
             ),
         ],

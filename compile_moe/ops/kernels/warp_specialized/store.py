@@ -70,7 +70,7 @@ def store_rows(
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
     # All of the buffer, as Triton 3.8 wants it.
     rows_layout: gl.constexpr = gl.NVMMASharedLayout(WIDTH * 2, 16, 2)
-    rows_smem = view(result_smem, [64 * 64 // (T * WIDTH), T, WIDTH], rows_layout).index(0)
+    rows_smem = view(result_smem, [result_smem.shape[0] * 64 // (T * WIDTH), T, WIDTH], rows_layout).index(0)
     rows_smem.permute((1, 0)).store(y)
     y = rows_smem.load(layout)
     c = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
