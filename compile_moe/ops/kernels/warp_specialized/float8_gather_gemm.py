@@ -1,4 +1,4 @@
-"""GEMM 1 on 8-bit floating point, a scale for each token and weight row or fewer, for many rows an expert on Hopper."""
+"""GEMM 1 on 8-bit floating point, scales of whole rows or of 128 columns, for many rows an expert on Hopper."""
 
 from __future__ import annotations
 
@@ -165,8 +165,8 @@ def launches_for(
         "STAGES": STAGES,
         "EVEN_K": depth % step(w1) == 0,
         "BLOCK_ROWS": block_rows,
-        "REGISTERS": float8_groups.REGISTERS if block_rows else REGISTERS,
-        "PRODUCER_REGISTERS": float8_groups.PRODUCER_REGISTERS if block_rows else PRODUCER_REGISTERS,
+        "REGISTERS": REGISTERS,
+        "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
         "num_warps": 4,
     }
     kernel = with_epilogue(float8_gather_gemm_kernel, FUNCTIONS, epilogue_body)

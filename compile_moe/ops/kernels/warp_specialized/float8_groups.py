@@ -18,9 +18,6 @@ from compile_moe.ops.kernels.warp_specialized.compat import view, warps_barrier
 from compile_moe.ops.kernels.warp_specialized.ring import next_stage
 from compile_moe.ops.kernels.warp_specialized.store import halves, row_slots, store_chunk
 
-# For both GEMMs: with more, the assembler overlaps products with additions, and spills.
-REGISTERS, PRODUCER_REGISTERS = 216, 72
-
 
 @gluon.jit
 def step_sums(w, x, T: gl.constexpr, layout: gl.constexpr):
