@@ -115,14 +115,23 @@ def test_elsewhere(variant: str, capability: int) -> None:
 
 @pytest.mark.parametrize(
     ("variant", "dtype"),
-    zip(
-        (v for v in DEFAULTS if DEFAULTS[v].made.token_scaling is None),
-        itertools.cycle([torch.float32, torch.float16]),
-    ),
+    [
+        ("int4_w4a16-default", torch.float32),
+        ("int4_w4a16-default", torch.float16),
+        ("int8_w8a16-default", torch.float16),
+        ("mxfp4_w4a16-default", torch.float32),
+        ("mxfp4_w4a16-default", torch.float16),
+    ],
     ids=str,
 )
 def test_other_dtypes(variant: str, dtype: torch.dtype) -> None:
     assert_no_spills(compiled(DEFAULTS[variant], 90, dtype), 16)
+
+
+def test_groups_of_8_bits() -> None:
+    assert_no_spills(
+        compiled(Variant("int8_w8a16", (("group_size", 64),), zero_points=True), 90, torch.bfloat16), 16
+    )
 
 
 @pytest.mark.parametrize(

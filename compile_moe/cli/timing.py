@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -94,11 +95,12 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, contestants: Iter
     source = torch.empty(2**30 if on_gpu else 2**26, device=device, dtype=torch.uint8).zero_()
     target = torch.empty_like(source)
     seconds = seconds_per_call([lambda: target.copy_(source)], device, False, warm=True)
-    rates = {
-        name: _product_rate(product, n, device)
-        for name in contestants
-        if on_gpu and (product := _scheme_product(name, n, device)) is not None
-    }
+    rates = {}
+    for name in contestants:
+        product = _scheme_product(name, n, device) if on_gpu else None
+        if product is not None:
+            with contextlib.suppress(RuntimeError):  # what this device or torch can't multiply
+                rates[name] = _product_rate(product, n, device)
     return Ceilings(flops, 2 * source.numel() / seconds, rates)
 
 

@@ -19,6 +19,7 @@ def weight_format(scheme: str) -> WeightFormat:
     return WeightFormat(
         parsed.decode,
         parsed.decode_16_bits,
+        parsed.powers_of_two,
         parsed.decode_scale,
         parsed.packed,
         parsed.packed_zero_points,

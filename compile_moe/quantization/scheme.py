@@ -49,11 +49,13 @@ class Scheme(ABC):
     #: Triton function from stored numbers (uint8: a byte each, or a nibble) to float32, before zero point and scale,
     #: for zero points, too; None where tokens are quantized, and multiplied by the weights as both are stored.
     decode: ClassVar[Any] = None
-    #: Triton function (codes, DTYPE) from stored bytes to DTYPE, float16 or bfloat16, exactly, before zero point and
-    #: scale; of both nibbles where two are packed, low ones first. None where there is none, or for one of the two only
-    #: where scales are no floating point: that must be bfloat16. The results are those of ``decode``.
+    #: Triton function (codes, DTYPE) from stored bytes to the tokens' DTYPE, float16 or bfloat16, with the results of
+    #: ``decode``, exactly; of low and high nibbles where two are packed. It is used where scales multiply sums or are
+    #: stored in DTYPE, and where they are ``powers_of_two`` for bfloat16 only. None where there is none.
     decode_16_bits: ClassVar[Any] = None
-    #: Triton function from stored scales to float32.
+    #: Whether scales are powers of two, of float32's range.
+    powers_of_two: ClassVar[bool] = False
+    #: Triton function from stored scales to float32; those stored as floating point it must leave as they are.
     decode_scale: ClassVar[Any] = to_float32
 
     @property

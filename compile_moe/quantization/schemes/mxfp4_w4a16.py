@@ -54,6 +54,7 @@ class Mxfp4(Scheme):
     scale_dtype = torch.uint8
     decode = decode
     decode_16_bits = e2m1_nibbles
+    powers_of_two = True
     decode_scale = decode_scale
 
     @property

@@ -178,6 +178,7 @@ def launch_for(
         *operands.strides(hidden_states, hidden_states_scale, w1, w1_scale, w1_zp),
         *((0, 0) if bias is None else bias.stride()),
     )
+    in_16_bits = operands.dequantizes_in_16_bits(weight_format, hidden_states, w1_scale)
     options = {
         "LAYOUT": layout,
         "HAS_BIAS": bias is not None,
@@ -187,7 +188,7 @@ def launch_for(
         "BLOCK_N": tile.block_n,
         "EVEN_N": num_columns % tile.block_n == 0,
         "GROUP_M": 8,
-        **operands.constants(weight_format, w1_zp is not None, tile, depth, precision),
+        **operands.constants(weight_format, w1_zp is not None, tile, depth, precision, in_16_bits),
         "num_stages": tile.num_stages,
         "num_warps": tile.num_warps,
         **early_launch(out.device),

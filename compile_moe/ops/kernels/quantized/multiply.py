@@ -59,6 +59,7 @@ def dequantized(
         return w.to(DTYPE)
 
 
+@triton.jit
 def dequantized_in_16_bits(
     w,
     scale,
@@ -67,7 +68,7 @@ def dequantized_in_16_bits(
     SCALED: tl.constexpr,
     HAS_ZERO: tl.constexpr,
 ):
-    """Weights (n, k) from decoded ones: like :func:`dequantized`, rounded once, where the scales have their dtype."""
+    """Weights (n, k) from decoded ones: like :func:`dequantized`, rounded once."""
     shape: tl.constexpr = w.shape
     if GROUPS > 1:
         w = tl.reshape(w, (shape[0], GROUPS, shape[1] // GROUPS))
@@ -129,13 +130,6 @@ def multiply(
     GROUPS: tl.constexpr = BLOCK_K // GROUP if GROUPED and ALIGNED and BLOCK_K > GROUP else 1
     STEPS: tl.constexpr = 1 if ALIGNED else (GROUP + BLOCK_K - 1) // BLOCK_K  # of a group
     INTEGER: tl.constexpr = SCALES_SUMS and w_ptr.dtype.element_ty == tl.int8
-    # Where a product with the scale is the same in the tokens' dtype as in float32, rounded to it.
-    SCALE: tl.constexpr = scale_ptr.dtype.element_ty
-    FAST: tl.constexpr = IN_16_BITS and (
-        not GROUPED
-        or SCALE == x_ptr.dtype.element_ty
-        or (SCALE == tl.uint8 and x_ptr.dtype.element_ty == tl.bfloat16)
-    )
     expert = expert.to(tl.int64)
     row = row.to(tl.int64)
     k = tl.arange(0, BLOCK_K)
@@ -191,7 +185,7 @@ def multiply(
             else:
                 acc += product
         elif PACKED == 1:
-            if FAST:
+            if IN_16_BITS:
                 weights = decode_16_bits(w, x.dtype)
                 weights = dequantized_in_16_bits(weights, scale, zero, GROUPS, GROUPED, HAS_ZERO)
             else:
@@ -203,9 +197,9 @@ def multiply(
             product = accumulate(weights, tl.trans(x), tl.zeros_like(acc), PRECISION)
             acc = tl.fma(product, tl.full(acc.shape, 1.0, tl.float32), acc)
         else:
-            # Weights of even and of odd columns lie in two tiles; so do the tokens then.
+            # Weights of even and of odd columns lie in two tiles; so do the tokens then. Triton awaits both products.
             even_x, odd_x = tl.split(tl.reshape(x, (BLOCK_M, BLOCK_K // 2, 2)))
-            if FAST:
+            if IN_16_BITS:
                 even, odd = decode_16_bits(w, x.dtype)
                 even = dequantized_in_16_bits(even, scale, zero, GROUPS, GROUPED, HAS_ZERO)
                 odd = dequantized_in_16_bits(odd, scale, zero, GROUPS, GROUPED, HAS_ZERO)
@@ -237,7 +231,6 @@ def with_format(
         "decode": weight_format.decode or decode,
         "decode_16_bits": weight_format.decode_16_bits or decode_16_bits,
         "decode_scale": weight_format.decode_scale,
-        "dequantized_in_16_bits": triton.jit(dequantized_in_16_bits),
     }
     decoding["dequantized"] = triton.jit(with_globals(dequantized, decoding))
     replaced = {

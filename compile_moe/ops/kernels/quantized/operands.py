@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -46,17 +47,30 @@ def _weight_scale_strides(scale: Tensor | None) -> tuple[int, ...]:
     return *found, *[0] * (3 - len(found))
 
 
+def dequantizes_in_16_bits(weight_format: WeightFormat, x: Tensor, w_scale: Tensor) -> bool:
+    """Whether weights are decoded to the tokens' dtype and multiplied with their scales in it: with the results that
+    float32, rounded once, gives. Not under the interpreter, which has no PTX.
+    """
+    if weight_format.decode_16_bits is None or x.element_size() != 2 or triton.knobs.runtime.interpret:
+        return False
+    if weight_format.powers_of_two:
+        return x.dtype is torch.bfloat16  # whose exponents are those of float32
+    return weight_format.group == 0 or w_scale.dtype is x.dtype
+
+
 def constants(
-    weight_format: WeightFormat, has_zero: bool, tile: Tile, depth: int, precision: Precision
+    weight_format: WeightFormat,
+    has_zero: bool,
+    tile: Tile,
+    depth: int,
+    precision: Precision,
+    in_16_bits: bool,
 ) -> dict[str, Any]:
     """Compile-time arguments of ``multiply``."""
     block_k, aligned = steps_of(tile.block_k, weight_format)
     return {
         "SCALES_SUMS": weight_format.scales_sums,
-        # The interpreter has no PTX.
-        "IN_16_BITS": weight_format.decode_16_bits is not None
-        and precision == "16-bit"
-        and not triton.knobs.runtime.interpret,
+        "IN_16_BITS": in_16_bits,
         "HAS_ZERO": has_zero,
         "PACKED": weight_format.packed,
         "PACKED_ZEROS": weight_format.packed_zeros,

@@ -148,6 +148,7 @@ def launch_for(
         *operands.strides(intermediate, intermediate_scale, w2, w2_scale, w2_zp),
         *((0, 0) if bias is None else bias.stride()),
     )
+    in_16_bits = operands.dequantizes_in_16_bits(weight_format, intermediate, w2_scale)
     options = {
         "HAS_BIAS": bias is not None,
         "ZERO_SKIPPED": zero_skipped,
@@ -156,7 +157,7 @@ def launch_for(
         "BLOCK_N": tile.block_n,
         "EVEN_N": num_columns % tile.block_n == 0,
         "GROUP_M": 8,
-        **operands.constants(weight_format, w2_zp is not None, tile, depth, precision),
+        **operands.constants(weight_format, w2_zp is not None, tile, depth, precision, in_16_bits),
         "num_stages": tile.num_stages,
         "num_warps": tile.num_warps,
         **early_launch(out.device),

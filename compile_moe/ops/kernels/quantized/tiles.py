@@ -71,8 +71,8 @@ def tile_candidates(
         else:
             # Tensor cores that take both operands from registers, one of them just dequantized.
             tile = Tile(block_m, 128, 32, 4, 8)
-        if depth % tile.block_k and depth % 64 == 0 and tile.block_k == 128:
-            # Without a mask, which would let packed weights be loaded byte by byte.
+        if weight_format.packed > 1 and tile.block_k == 128 and depth % 128 == 64:
+            # Without a mask, with which packed weights would be loaded byte by byte.
             tile = tile._replace(block_k=64, num_stages=2 * tile.num_stages)
         tile = tile._replace(block_k=steps_of(tile.block_k, weight_format)[0])
         while (

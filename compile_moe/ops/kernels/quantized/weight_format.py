@@ -14,6 +14,7 @@ class WeightFormat(NamedTuple):
     decode: stored numbers (uint8, a byte or a nibble each) to float32, before zero point and scale; None multiplies
         weights as they are stored, by tokens of their dtype.
     decode_16_bits: stored bytes to float16 or bfloat16, two at a time; None where there is none.
+    powers_of_two: what scales are.
     decode_scale: stored scales to float32.
     packed: weights a stored element holds, along K. packed_zeros: rows whose zero points share an element.
     rows, group: rows and columns that share a scale; group 0 is a whole row.
@@ -21,6 +22,7 @@ class WeightFormat(NamedTuple):
 
     decode: Any
     decode_16_bits: Any
+    powers_of_two: bool
     decode_scale: Any
     packed: int
     packed_zeros: int

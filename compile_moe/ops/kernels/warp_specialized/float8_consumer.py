@@ -19,7 +19,7 @@ from compile_moe.ops.kernels.warp_specialized.compat import view, warps_barrier
 from compile_moe.ops.kernels.warp_specialized.consumer import is_kind, load_bias, weight_rows
 from compile_moe.ops.kernels.warp_specialized.float8_groups import consume_group_tile, step_sums
 from compile_moe.ops.kernels.warp_specialized.ring import find_tile, next_stage
-from compile_moe.ops.kernels.warp_specialized.row_scales import copy_scales, scaled
+from compile_moe.ops.kernels.warp_specialized.row_scales import copy_row_scales, scaled
 from compile_moe.ops.kernels.warp_specialized.store import halves, row_slots, store_chunk
 
 
@@ -109,11 +109,11 @@ def consume_float8_tile(
     if GATHER:
         # The tile before has read its own.
         warps_barrier()
-        copy_scales(
+        copy_row_scales(
             scales_smem.slice(0, MAIN), x_scale_ptr, stride_xsm, slots_ptr, first, rows, num_slots, topk, MAIN
         )
         if TAIL:
-            copy_scales(
+            copy_row_scales(
                 tail_scales_smem,
                 x_scale_ptr,
                 stride_xsm,

@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from compile_moe.ops.kernels.warp_specialized.compat import copy_box, copy_rows, view
 from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES, find_tile, next_stage
 from compile_moe.ops.kernels.warp_specialized.scale_ring import (
-    copy_scales,
+    copy_step_scales,
     row_scale_ptrs,
     token_scale_ptrs,
     token_slots,
@@ -80,7 +80,7 @@ def producer_tma(
                 copy_box(x256_desc, [first, k * STEP], bar, x256.index(stage))
                 copy_box(x_desc, [first + 256, k * STEP], bar, tail_smem.index(stage), pred=has_tail)
                 if BLOCK_ROWS:
-                    copy_scales(scales, stage, k, ptrs, w_ptrs, has_tail)
+                    copy_step_scales(scales, stage, k, ptrs, w_ptrs, has_tail)
                     async_copy.mbarrier_arrive(bar, increment_count=False)
                 stage, phase = next_stage(stage, phase, STAGES)
         else:
@@ -100,7 +100,7 @@ def producer_tma(
                     )
                 copy_box(x_desc, [first + 32 * whole, k * STEP], bar, tail_smem.index(stage), pred=has_tail)
                 if BLOCK_ROWS:
-                    copy_scales(scales, stage, k, ptrs, w_ptrs, has_tail)
+                    copy_step_scales(scales, stage, k, ptrs, w_ptrs, has_tail)
                     async_copy.mbarrier_arrive(bar, increment_count=False)
                 stage, phase = next_stage(stage, phase, STAGES)
 
@@ -220,6 +220,6 @@ def producer_gather(
             if has_tail:
                 gather_box(tail_smem.index(stage), base + ot, depth16, k, EVEN_K, layout)
             if BLOCK_ROWS:
-                copy_scales(scales, stage, k, ptrs, w_ptrs, has_tail)
+                copy_step_scales(scales, stage, k, ptrs, w_ptrs, has_tail)
             async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)

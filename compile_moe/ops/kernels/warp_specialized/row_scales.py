@@ -17,7 +17,7 @@ def allocate_scales():
 
 
 @gluon.jit
-def copy_scales(
+def copy_row_scales(
     scales_smem, x_scale_ptr, stride_xsm, slots_ptr, first, rows, num_slots, topk, T: gl.constexpr
 ):
     """Scales of T tokens, from where their slots say."""

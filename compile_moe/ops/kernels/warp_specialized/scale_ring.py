@@ -69,7 +69,7 @@ def weight_scale_ptrs(
 
 
 @gluon.jit
-def copy_scales(scales, stage, k, ptrs, w_ptrs, has_tail):
+def copy_step_scales(scales, stage, k, ptrs, w_ptrs, has_tail):
     """Step k's scales to a stage of the ring; zeros for weight rows that there are not."""
     main, tail = ptrs
     w, mask = w_ptrs
