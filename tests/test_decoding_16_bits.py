@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from compile_moe.ops.kernels.quantized.arithmetic import difference, times
 from compile_moe.quantization import SCHEMES
-from compile_moe.quantization.decoding_16_bits import difference, times
 
 FAST = [name for name in sorted(SCHEMES) if SCHEMES[name].decode_16_bits is not None]
 

@@ -11,13 +11,13 @@ import triton.language as tl
 
 from compile_moe.ops.kernels.epilogue import build_epilogue, epilogue, with_globals
 from compile_moe.ops.kernels.precision import accumulate
+from compile_moe.ops.kernels.quantized.arithmetic import difference, times
 from compile_moe.ops.kernels.quantized.weight_format import (
     WeightFormat,
     decode,
     decode_16_bits,
     decode_scale,
 )
-from compile_moe.quantization.decoding_16_bits import difference, times
 
 
 @triton.jit
