@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 import compile_moe.integrations.transformers as integration
-from compile_moe.cli.timing import Ceilings
+from compile_moe.cli.timing import Ceilings, quantizes_tokens
 
 
 class Work(NamedTuple):
@@ -111,6 +111,15 @@ def tables(results: Results) -> Iterator[Table]:
     rates = [("", flops), *((f" as {scheme}", rate) for scheme, rate in scheme_flops.items())]
     products = ", ".join(f"matrix product{which} {rate / 1e12:.1f} TFLOP/s" for which, rate in rates)
     notes = [f"In the same run: {products}, copy {bandwidth / 1e12:.3f} TB/s."]
+    without = [
+        name
+        for name in dict.fromkeys(m.contestant for m in results.measurements)
+        if quantizes_tokens(name) and name not in scheme_flops
+    ]
+    if without:
+        notes.append(
+            f"No product of 8-bit operands was measured here: floor of {', '.join(without)} by the first one."
+        )
     if not results.complete:
         notes.append("Interrupted: what there was until then.")
     if any(m.memory is not None for m in results.measurements):

@@ -109,9 +109,14 @@ def _product_rate(product: Call, n: int, device: torch.device) -> float:
     return 2 * n**3 / seconds_per_call(calls, device, False, warm=True)
 
 
+def quantizes_tokens(contestant: str) -> bool:
+    """Whether it is a scheme that multiplies quantized tokens."""
+    return contestant in SCHEMES and SCHEMES[contestant]().token_scaling is not None
+
+
 def _scheme_product(name: str, n: int, device: torch.device) -> Call | None:
     """cuBLAS's product of (n, n) operands as a scheme quantizes them; None where it leaves tokens as they are."""
-    scaling = SCHEMES[name]().token_scaling if name in SCHEMES else None
+    scaling = SCHEMES[name]().token_scaling if quantizes_tokens(name) else None
     if scaling is None:
         return None
     a, b = (torch.randn(n, n, device=device) for _ in range(2))

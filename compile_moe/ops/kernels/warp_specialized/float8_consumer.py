@@ -17,10 +17,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from compile_moe.ops.kernels.warp_specialized.compat import view, warps_barrier
 from compile_moe.ops.kernels.warp_specialized.consumer import is_kind, load_bias, weight_rows
-from compile_moe.ops.kernels.warp_specialized.float8_groups import consume_group_tile, step_sums
+from compile_moe.ops.kernels.warp_specialized.float8_groups import chunk_of, consume_group_tile, step_sums
 from compile_moe.ops.kernels.warp_specialized.ring import find_tile, next_stage
 from compile_moe.ops.kernels.warp_specialized.row_scales import copy_row_scales, scaled
-from compile_moe.ops.kernels.warp_specialized.store import halves, row_slots, store_chunk
+from compile_moe.ops.kernels.warp_specialized.store import row_slots, store_chunk
 
 
 @gluon.jit
@@ -164,24 +164,7 @@ def consume_float8_tile(
         async_copy.wait_group(0)
         warps_barrier()
     for i in gl.static_range(MAIN // 64):
-        if PART == 64:
-            if i == 0:
-                chunk = acc0
-            elif i == 1:
-                chunk = acc1
-            elif i == 2:
-                chunk = acc2
-            else:
-                chunk = acc3
-        else:
-            if i < 2:
-                left, right = halves(acc0, 64, 64)
-            else:
-                left, right = halves(acc1, 64, 64)
-            if i % 2 == 0:
-                chunk = left
-            else:
-                chunk = right
+        chunk = chunk_of(acc0, acc1, acc2, acc3, i, PART)
         store_scaled_chunk(
             chunk, bias, w_scale, scales_smem.slice(64 * i, 64), x_scale_ptr, stride_xsm, result_smem, out_ptr,
             slots_ptr, first + 64 * i, rows - 64 * i, num_slots, column8, columns8, EPILOGUE, HAS_BIAS, GATHER, 64,

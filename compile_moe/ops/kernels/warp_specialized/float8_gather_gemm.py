@@ -29,8 +29,7 @@ from compile_moe.ops.kernels.warp_specialized.scale_ring import allocate_scale_r
 
 #: That store results or call such.
 FUNCTIONS = (
-    (float8_groups, "store_32"),
-    (float8_groups, "store_64"),
+    (float8_groups, "store_sums"),
     (float8_groups, "consume_group_tile"),
     (consumers, "store_scaled_chunk"),
     (consumers, "consume_float8_tile"),

@@ -40,27 +40,31 @@ def add_scaled(acc, sums, w_scale, scales_smem):
 
 
 @gluon.jit
-def store_32(
-    acc,
-    bias,
-    result_smem,
-    out_ptr,
-    slots_ptr,
-    first,
-    rows,
-    num_slots,
-    column8,
-    columns8,
-    EPILOGUE: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-):
-    if rows > 0:
-        slot = row_slots(slots_ptr, first, rows, num_slots, 32, EPILOGUE)
-        store_chunk(acc, bias, result_smem, out_ptr, slot, rows, column8, columns8, EPILOGUE, HAS_BIAS, 32)
+def chunk_of(acc0, acc1, acc2, acc3, I: gl.constexpr, PART: gl.constexpr):
+    """Columns 64 * I.. of a tile's sums, PART of them (at most 128, if more than 64) in each of the accumulators."""
+    if PART == 64:
+        if I == 0:
+            chunk = acc0
+        elif I == 1:
+            chunk = acc1
+        elif I == 2:
+            chunk = acc2
+        else:
+            chunk = acc3
+    else:
+        if I < 2:
+            left, right = halves(acc0, 64, 64)
+        else:
+            left, right = halves(acc1, 64, 64)
+        if I % 2 == 0:
+            chunk = left
+        else:
+            chunk = right
+    return chunk
 
 
 @gluon.jit
-def store_64(
+def store_sums(
     acc,
     bias,
     result_smem,
@@ -73,24 +77,11 @@ def store_64(
     columns8,
     EPILOGUE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    T: gl.constexpr,
 ):
-    """32 rows at a time where the result of 64 doesn't fit the buffer."""
-    if EPILOGUE == "gated":
-        if rows > 0:
-            slot = row_slots(slots_ptr, first, rows, num_slots, 64, EPILOGUE)
-            store_chunk(
-                acc, bias, result_smem, out_ptr, slot, rows, column8, columns8, EPILOGUE, HAS_BIAS, 64
-            )
-    else:
-        left, right = halves(acc, 64, 32)
-        store_32(
-            left, bias, result_smem, out_ptr, slots_ptr, first, rows, num_slots, column8, columns8,
-            EPILOGUE, HAS_BIAS,
-        )  # fmt: skip
-        store_32(
-            right, bias, result_smem, out_ptr, slots_ptr, first + 32, rows - 32, num_slots, column8, columns8,
-            EPILOGUE, HAS_BIAS,
-        )  # fmt: skip
+    if rows > 0:
+        slot = row_slots(slots_ptr, first, rows, num_slots, T, EPILOGUE)
+        store_chunk(acc, bias, result_smem, out_ptr, slot, rows, column8, columns8, EPILOGUE, HAS_BIAS, T)
 
 
 @gluon.jit
@@ -172,31 +163,26 @@ def consume_group_tile(
         mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = next_stage(stage, phase, STAGES)
     for i in gl.static_range(MAIN // 64):
-        if PART == 64:
-            if i == 0:
-                chunk = acc0
-            elif i == 1:
-                chunk = acc1
-            elif i == 2:
-                chunk = acc2
-            else:
-                chunk = acc3
+        chunk = chunk_of(acc0, acc1, acc2, acc3, i, PART)
+        if EPILOGUE == "gated":
+            store_sums(
+                chunk, bias, result_smem, out_ptr, slots_ptr, first + 64 * i, rows - 64 * i, num_slots,
+                column8, columns8, EPILOGUE, HAS_BIAS, 64,
+            )  # fmt: skip
         else:
-            if i < 2:
-                left, right = halves(acc0, 64, 64)
-            else:
-                left, right = halves(acc1, 64, 64)
-            if i % 2 == 0:
-                chunk = left
-            else:
-                chunk = right
-        store_64(
-            chunk, bias, result_smem, out_ptr, slots_ptr, first + 64 * i, rows - 64 * i, num_slots,
-            column8, columns8, EPILOGUE, HAS_BIAS,
-        )  # fmt: skip
+            # The result of 64 tokens doesn't fit the buffer.
+            left, right = halves(chunk, 64, 32)
+            store_sums(
+                left, bias, result_smem, out_ptr, slots_ptr, first + 64 * i, rows - 64 * i, num_slots,
+                column8, columns8, EPILOGUE, HAS_BIAS, 32,
+            )  # fmt: skip
+            store_sums(
+                right, bias, result_smem, out_ptr, slots_ptr, first + 64 * i + 32, rows - 64 * i - 32, num_slots,
+                column8, columns8, EPILOGUE, HAS_BIAS, 32,
+            )  # fmt: skip
     if TAIL:
-        store_32(
+        store_sums(
             tail, bias, result_smem, out_ptr, slots_ptr, first + MAIN, rows - MAIN, num_slots,
-            column8, columns8, EPILOGUE, HAS_BIAS,
+            column8, columns8, EPILOGUE, HAS_BIAS, 32,
         )  # fmt: skip
     return stage, phase
