@@ -12,6 +12,7 @@ from torch import Tensor
 from compile_moe.ops.epilogue import parse
 from compile_moe.ops.kernels.launch import Launch
 from compile_moe.ops.kernels.quantized import gather_gemm, scatter_gemm
+from compile_moe.ops.kernels.quantized.few_rows import launches as few_rows
 from compile_moe.ops.kernels.quantized.tiles import tile_candidates
 from compile_moe.ops.kernels.tiles import DeviceLimits, Tile
 from compile_moe.ops.named_activations import program_text
@@ -49,8 +50,9 @@ def compiled(
     dtype: torch.dtype,
     shape: tuple[int, ...] = QWEN3_30B,
     act: str = "silu",
+    with_few_rows: bool = True,
 ) -> list[tuple[Tile, CompiledKernel]]:
-    """Both kernels with each of their tiles, biased."""
+    """Both kernels with each of their tiles, biased; perhaps without those of few rows."""
     e, topk, k, i = shape
     multiple = variant.made.column_multiple
     k, i = -(-k // multiple) * multiple, -(-i // multiple) * multiple
@@ -61,8 +63,10 @@ def compiled(
     slots, offsets = empty(s), empty(e + 1)
 
     def candidates(given: tuple[Any, ...], columns: int, gated: bool) -> tuple[Tile, ...]:
-        sizes = given[0].element_size(), given[2].element_size(), given[0].size(1), columns
-        return tile_candidates(*sizes, form, gated, limits)
+        x, _, w, w_scale, _ = given
+        sizes = x.element_size(), w.element_size(), x.size(1), columns
+        for_few_rows = with_few_rows and few_rows.serve(form, x, w, w_scale, limits)
+        return tile_candidates(*sizes, form, for_few_rows, gated, limits)
 
     launches: list[tuple[Tile, Launch]] = []
     first, second = operands(variant, 64, e, n, k, dtype), operands(variant, s, e, k, i, dtype)
@@ -80,7 +84,9 @@ def compiled(
     results = []
     for tile, launch in launches:
         options = dict(launch.options)
-        compiler = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+        compiler = {
+            name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options
+        }
         options["EARLY"] = capability >= 90
         result = compile_ahead(launch.kernel, launch.args, options, capability=capability, **compiler)
         assert result.fits, f"{tile}: {result.shared} bytes of shared memory"
@@ -99,7 +105,11 @@ def assert_no_spills(results: list[tuple[Tile, CompiledKernel]], allowed: int = 
 def test_on_hopper(variant: str) -> None:
     results = compiled(DEFAULTS[variant], 90, torch.bfloat16)
     assert_no_spills(results)
-    assert all(result.has_wgmma for _, result in results)
+    others = results
+    if DEFAULTS[variant].made.decode_words is not None:
+        others = [(tile, result) for tile, result in results if not isinstance(tile, few_rows.FewRowsTile)]
+        assert len(results) - len(others) == 2 * len(few_rows.TILES)
+    assert all(result.has_wgmma for _, result in others)
 
 
 # Compiling every variant for each would take minutes.
@@ -135,7 +145,26 @@ def test_groups_of_8_bits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "activation"), zip(DEFAULTS, itertools.cycle(["swigluoai", "relu2_no_mul"]))
+    "variant",
+    [
+        Variant("int4_w4a16", (("group_size", 512),)),
+        Variant("int8_w8a16", (("group_size", 32),), zero_points=True),
+    ],
+    ids=["int4", "int8"],
+)
+def test_other_groups_of_few_rows(variant: Variant) -> None:
+    results = compiled(variant, 90, torch.float16, act="relu2_no_mul")
+    assert_no_spills(
+        [(tile, result) for tile, result in results if isinstance(tile, few_rows.FewRowsTile)], 32
+    )
+
+
+#: Those with one scale have the code of those with scales of rows.
+OTHER_CODE = [variant for variant in DEFAULTS if not variant.startswith("fp8_w8a8_tensor")]
+
+
+@pytest.mark.parametrize(
+    ("variant", "activation"), zip(OTHER_CODE, itertools.cycle(["swigluoai", "relu2_no_mul"]))
 )
 def test_odd_sizes(variant: str, activation: str) -> None:
-    compiled(DEFAULTS[variant], 90, torch.bfloat16, ODD, activation)
+    compiled(DEFAULTS[variant], 90, torch.bfloat16, ODD, activation, with_few_rows=False)

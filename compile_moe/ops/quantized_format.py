@@ -19,8 +19,10 @@ def weight_format(scheme: str) -> WeightFormat:
     return WeightFormat(
         parsed.decode,
         parsed.decode_16_bits,
+        parsed.decode_words,
         parsed.powers_of_two,
         parsed.decode_scale,
+        parsed.decode_scale_16_bits,
         parsed.packed,
         parsed.packed_zero_points,
         rows,

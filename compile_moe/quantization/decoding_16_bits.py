@@ -80,6 +80,93 @@ _E2M1_BF16 = tl.constexpr(
     }"""
 )
 
+# The same of words: bytes 0 and 2, and 1 and 3, share a register, where they lie anyway.
+_NIBBLE_WORDS = """{{
+    .reg .b32 p, one, offset;
+    mov.b32 one, {one};
+    mov.b32 offset, {offset};
+    lop3.b32 $0, $4, 0x000f000f, {magic}, 0xea;
+    shr.b32 p, $4, 8;
+    lop3.b32 $1, p, 0x000f000f, {magic}, 0xea;
+    shr.b32 p, $4, 4;
+    lop3.b32 $2, p, 0x000f000f, {magic}, 0xea;
+    shr.b32 p, $4, 12;
+    lop3.b32 $3, p, 0x000f000f, {magic}, 0xea;
+    {fma} $0, $0, one, offset;
+    {fma} $1, $1, one, offset;
+    {fma} $2, $2, one, offset;
+    {fma} $3, $3, one, offset;
+    }}"""
+_NIBBLE_WORDS_BF16 = tl.constexpr(
+    _NIBBLE_WORDS.format(magic="0x43004300", fma="fma.rn.bf16x2", one="0x3f803f80", offset="0xc308c308")
+)
+_NIBBLE_WORDS_FP16 = tl.constexpr(
+    _NIBBLE_WORDS.format(magic="0x64006400", fma="fma.rn.f16x2", one="0x3c003c00", offset="0xe408e408")
+)
+_E2M1_WORDS_BF16 = tl.constexpr(
+    """{
+    .reg .b32 p, one, offset;
+    mov.b32 one, 0x7e807e80;
+    mov.b32 offset, 0x80008000;
+    shr.b32 p, $4, 8;
+    and.b32 $0, $4, 0x000f000f;
+    and.b32 $1, p, 0x000f000f;
+    and.b32 $2, $4, 0x00f000f0;
+    and.b32 $3, p, 0x00f000f0;
+    mul.lo.u32 $0, $0, 0x1040;
+    mul.lo.u32 $1, $1, 0x1040;
+    mul.lo.u32 $2, $2, 0x104;
+    mul.lo.u32 $3, $3, 0x104;
+    and.b32 $0, $0, 0x81c081c0;
+    and.b32 $1, $1, 0x81c081c0;
+    and.b32 $2, $2, 0x81c081c0;
+    and.b32 $3, $3, 0x81c081c0;
+    fma.rn.bf16x2 $0, $0, one, offset;
+    fma.rn.bf16x2 $1, $1, one, offset;
+    fma.rn.bf16x2 $2, $2, one, offset;
+    fma.rn.bf16x2 $3, $3, one, offset;
+    }"""
+)
+_BYTE_WORDS_BF16 = tl.constexpr(
+    """{
+    .reg .b32 p, q, one, offset;
+    mov.b32 one, 0x3f803f80;
+    mov.b32 offset, 0xc380c380;
+    lop3.b32 $0, $2, 0x007f007f, 0x43004300, 0xea;
+    lop3.b32 p, $2, 0x00800080, offset, 0x6a;
+    shr.b32 q, $2, 8;
+    fma.rn.bf16x2 $0, $0, one, p;
+    lop3.b32 $1, q, 0x007f007f, 0x43004300, 0xea;
+    lop3.b32 q, q, 0x00800080, offset, 0x6a;
+    fma.rn.bf16x2 $1, $1, one, q;
+    }"""
+)
+_BYTE_WORDS_FP16 = tl.constexpr(
+    """{
+    .reg .b32 q, one, offset;
+    mov.b32 one, 0x3c003c00;
+    mov.b32 offset, 0xe480e480;
+    shr.b32 q, $2, 8;
+    lop3.b32 $0, $2, 0x00ff00ff, 0x64006400, 0xea;
+    lop3.b32 $1, q, 0x00ff00ff, 0x64006400, 0xea;
+    fma.rn.f16x2 $0, $0, one, offset;
+    fma.rn.f16x2 $1, $1, one, offset;
+    }"""
+)
+
+# Exponents of float32 as bfloat16: 2^-127, a denormal, and NaN for infinity have their last exponent bit one lower.
+_E8M0_BF16 = tl.constexpr(
+    """{
+    .reg .b32 p, q, r;
+    prmt.b32 p, $1, 0, 0x4140;
+    add.u32 q, p, 0x00ff00ff;
+    add.u32 r, p, 0x00010001;
+    lop3.b32 q, q, r, 0x01000100, 0x8a;  // (~a | b) & c: 0 or 255
+    shr.b32 q, q, 2;
+    mad.lo.u32 $0, p, 128, q;
+    }"""
+)
+
 
 @triton.jit
 def nibbles_less_8(codes: tl.tensor, DTYPE: tl.constexpr) -> Any:
@@ -116,3 +203,60 @@ def e2m1_nibbles(codes: tl.tensor, DTYPE: tl.constexpr) -> Any:
     return tl.inline_asm_elementwise(
         _E2M1_BF16, "=&r,=&r,r", [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
     )
+
+
+@triton.jit
+def nibble_words_less_8(codes: tl.tensor, DTYPE: tl.constexpr) -> Any:
+    """The low and the high nibbles, of every four bytes those of 0, 2, 1, 3."""
+    if tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            _NIBBLE_WORDS_BF16,
+            "=&r,=&r,=&r,=&r,r",
+            [codes],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            _NIBBLE_WORDS_FP16,
+            "=&r,=&r,=&r,=&r,r",
+            [codes],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def byte_words_less_128(codes: tl.tensor, DTYPE: tl.constexpr) -> Any:
+    """Of every four bytes those of 0, 2, 1, 3."""
+    if tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            _BYTE_WORDS_BF16, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            _BYTE_WORDS_FP16, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
+        )
+
+
+@triton.jit
+def e2m1_nibble_words(codes: tl.tensor, DTYPE: tl.constexpr) -> Any:
+    """The low and the high nibbles, of every four bytes those of 0, 2, 1, 3. bfloat16 only."""
+    tl.static_assert(tl.bfloat16 == DTYPE)
+    return tl.inline_asm_elementwise(
+        _E2M1_WORDS_BF16,
+        "=&r,=&r,=&r,=&r,r",
+        [codes],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def e8m0_numbers(codes: tl.tensor, DTYPE: tl.constexpr) -> Any:
+    """2^(codes - 127); NaN for 255. bfloat16 only."""
+    tl.static_assert(tl.bfloat16 == DTYPE)
+    return tl.inline_asm_elementwise(_E8M0_BF16, "=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=2)

@@ -53,10 +53,15 @@ class Scheme(ABC):
     #: ``decode``, exactly; of low and high nibbles where two are packed. It is used where scales multiply sums or are
     #: stored in DTYPE, and where they are ``powers_of_two`` for bfloat16 only. None where there is none.
     decode_16_bits: ClassVar[Any] = None
+    #: The same, four bytes at a time: those of bytes 0, 2, 1, 3. For the kernels of few rows; None leaves few rows to
+    #: the others.
+    decode_words: ClassVar[Any] = None
     #: Whether scales are powers of two, of float32's range.
     powers_of_two: ClassVar[bool] = False
     #: Triton function from stored scales to float32; those stored as floating point it must leave as they are.
     decode_scale: ClassVar[Any] = to_float32
+    #: (scales, DTYPE), where ``decode_words`` is used, from those not stored in DTYPE.
+    decode_scale_16_bits: ClassVar[Any] = None
 
     @property
     def text(self) -> str:

@@ -21,7 +21,8 @@ from triton.runtime import driver
 
 from compile_moe.ops.kernels import launch, remembered_calls
 from compile_moe.ops.kernels.epilogue import with_epilogue
-from compile_moe.ops.kernels.quantized.multiply import with_format
+from compile_moe.ops.kernels.quantized import multiply
+from compile_moe.ops.kernels.quantized.few_rows import launches as few_rows
 from compile_moe.ops.kernels.warp_specialized import gather_gemm as warp_specialized
 
 
@@ -122,7 +123,8 @@ def _unload() -> None:
 def _forget_kernels(modules: Iterable[ModuleType]) -> None:
     """Triton keeps with a kernel what it loaded, and so do the caches of kernels with an epilogue."""
     with_epilogue.cache_clear()
-    with_format.cache_clear()
+    multiply.with_format.cache_clear()
+    few_rows.with_format.cache_clear()
     warp_specialized.with_epilogue.cache_clear()
     for module in modules:
         for value in vars(module).values():

@@ -49,13 +49,30 @@ def locate_tile(
     BLOCK_M: tl.constexpr,
     WITH_SKIPPED: tl.constexpr,
 ):
+    """:func:`tile_among` E_POW2 experts, more than ``num_experts``."""
+    e = tl.arange(0, E_POW2)
+    return tile_among(e, expert_offsets_ptr, tile, num_slots, num_experts, BLOCK_M, WITH_SKIPPED)
+
+
+@triton.jit
+def tile_among(
+    e,
+    expert_offsets_ptr,
+    tile,
+    num_slots,
+    num_experts,
+    BLOCK_M: tl.constexpr,
+    WITH_SKIPPED: tl.constexpr,
+):
     """Expert, first row and end row of row tile ``tile``; expert > num_experts where there is none.
 
     Experts' rows lie one after another; each expert has ceil(rows / BLOCK_M) tiles. The skipped slots behind the last
     expert's rows count as expert ``num_experts`` if WITH_SKIPPED. Offsets are clamped, so that no content of
     expert_offsets leads outside the rows.
+
+    Args:
+        e: 0, 1, ... beyond ``num_experts``; in Gluon, of any layout.
     """
-    e = tl.arange(0, E_POW2)
     start = tl.load(expert_offsets_ptr + e, mask=e <= num_experts, other=num_slots)
     end = tl.load(expert_offsets_ptr + e + 1, mask=e < num_experts, other=num_slots)
     start = tl.minimum(tl.maximum(start, 0), num_slots)

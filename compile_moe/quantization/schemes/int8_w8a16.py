@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compile_moe.quantization.decoding import unsigned_to_float32
-from compile_moe.quantization.decoding_16_bits import bytes_less_128
+from compile_moe.quantization.decoding_16_bits import byte_words_less_128, bytes_less_128
 from compile_moe.quantization.integer_groups import dequantize_groups, quantize_groups
 from compile_moe.quantization.parameters import check_size
 from compile_moe.quantization.scheme import QuantizedWeights, Scheme, register
@@ -37,6 +37,7 @@ class Int8Weights(Scheme):
     scale_dtype = None
     decode = decode
     decode_16_bits = bytes_less_128
+    decode_words = byte_words_less_128
 
     group_size: int | None = None
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compile_moe.quantization.decoding_16_bits import e2m1_nibbles
+from compile_moe.quantization.decoding_16_bits import e2m1_nibble_words, e2m1_nibbles, e8m0_numbers
 from compile_moe.quantization.nibbles import pack_nibbles, unpack_nibbles
 from compile_moe.quantization.scheme import QuantizedWeights, Scheme, register
 
@@ -54,8 +54,10 @@ class Mxfp4(Scheme):
     scale_dtype = torch.uint8
     decode = decode
     decode_16_bits = e2m1_nibbles
+    decode_words = e2m1_nibble_words
     powers_of_two = True
     decode_scale = decode_scale
+    decode_scale_16_bits = e8m0_numbers
 
     @property
     def scale_block(self) -> tuple[int, int | None]:

@@ -15,10 +15,12 @@ from compile_moe.ops.kernels.early_launch import await_earlier_kernels, early_la
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 from compile_moe.ops.kernels.precision import Precision, dot_precision
 from compile_moe.ops.kernels.quantized import operands
+from compile_moe.ops.kernels.quantized.few_rows import launches as few_rows
+from compile_moe.ops.kernels.quantized.few_rows.scatter_gemm import few_rows_scatter_gemm_kernel
 from compile_moe.ops.kernels.quantized.multiply import multiply, with_format
-from compile_moe.ops.kernels.quantized.tiles import block_rows, candidates_for, may_be_warp_specialized
+from compile_moe.ops.kernels.quantized.tiles import block_rows, may_be_warp_specialized, tile_choice
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
-from compile_moe.ops.kernels.tiles import Tile, choose_tile, grouped_order, locate_tile, max_row_tiles
+from compile_moe.ops.kernels.tiles import Tile, grouped_order, locate_tile, max_row_tiles
 from compile_moe.ops.kernels.tuned_tiles import plan_of
 from compile_moe.ops.kernels.warp_specialized import float8_scatter_gemm, row_tiles
 from compile_moe.ops.kernels.warp_specialized import zero_skipped as zero_skipped_rows
@@ -148,8 +150,7 @@ def launch_for(
         *operands.strides(intermediate, intermediate_scale, w2, w2_scale, w2_zp),
         *((0, 0) if bias is None else bias.stride()),
     )
-    in_16_bits = operands.dequantizes_in_16_bits(weight_format, intermediate, w2_scale)
-    options = {
+    options: dict[str, Any] = {
         "HAS_BIAS": bias is not None,
         "ZERO_SKIPPED": zero_skipped,
         "E_POW2": triton.next_power_of_2(num_experts + 1),
@@ -157,12 +158,18 @@ def launch_for(
         "BLOCK_N": tile.block_n,
         "EVEN_N": num_columns % tile.block_n == 0,
         "GROUP_M": 8,
-        **operands.constants(weight_format, w2_zp is not None, tile, depth, precision, in_16_bits),
         "num_stages": tile.num_stages,
         "num_warps": tile.num_warps,
         **early_launch(out.device),
     }
-    kernel = with_format(quantized_scatter_gemm_kernel, weight_format, "", DO_NOT_SPECIALIZE)
+    has_zero = w2_zp is not None
+    if isinstance(tile, few_rows.FewRowsTile):
+        options |= few_rows.constants(weight_format, has_zero, tile, depth)
+        kernel = few_rows.with_format(few_rows_scatter_gemm_kernel, weight_format, "", DO_NOT_SPECIALIZE)
+    else:
+        in_16_bits = operands.dequantizes_in_16_bits(weight_format, intermediate, w2_scale)
+        options |= operands.constants(weight_format, has_zero, tile, depth, precision, in_16_bits)
+        kernel = with_format(quantized_scatter_gemm_kernel, weight_format, "", DO_NOT_SPECIALIZE)
     return Launch(kernel, (num_row_tiles * triton.cdiv(num_columns, tile.block_n),), args, options)
 
 
@@ -216,8 +223,8 @@ def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
 
 def _plan(*arguments: Any) -> Plan:
     """Arguments: those of :func:`launches_for` behind the tile."""
-    out, x, _, w2, _, w2_zp, _, _, weight_format, bias, zero_skipped, precision, _ = arguments
-    candidates = candidates_for(x, w2, out, weight_format, False)
+    out, x, _, w2, w2_scale, w2_zp, _, _, weight_format, bias, zero_skipped, precision, _ = arguments
+    tile, candidates = tile_choice(x, w2, w2_scale, out, weight_format, False)
     # The arguments that code depends on are those of every tile.
     like = launch_for(candidates[0], *arguments[:-1])
     key = (
@@ -228,9 +235,8 @@ def _plan(*arguments: Any) -> Plan:
         bias is not None,
         w2_zp is not None,
         tuple(w2.shape),
-        candidates[-1].warp_specialized,
+        candidates,
         like.args[_NUM_BEFORE_SIZES:],
         *map(pointer_key, like.args[:_NUM_POINTERS]),
     )
-    tile = choose_tile(candidates, out.size(0), w2.size(0))
     return plan_of(key, tile, candidates, lambda each: launches_for(each, *arguments))

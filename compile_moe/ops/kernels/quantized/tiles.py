@@ -9,25 +9,30 @@ import triton
 from torch import Tensor
 
 from compile_moe.ops.kernels.gemm_problem import has_boxes
+from compile_moe.ops.kernels.quantized.few_rows import launches as few_rows
 from compile_moe.ops.kernels.quantized.operands import steps_of
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
-from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, DeviceLimits, Tile, device_limits
+from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, DeviceLimits, Tile, choose_tile, device_limits
+from compile_moe.ops.kernels.tuned_tiles import TileChoice
 from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES
 
 _ROW_TILES = (16, 32, 64, 128)
 
 
-def candidates_for(
-    x: Tensor, w: Tensor, out: Tensor, weight_format: WeightFormat, gated: bool
-) -> tuple[Tile, ...]:
+def tile_choice(
+    x: Tensor, w: Tensor, w_scale: Tensor, out: Tensor, weight_format: WeightFormat, gated: bool
+) -> TileChoice:
     """Tiles for x (rows, depth) and stored weights w (E, rows of weights, ...) into out (S, columns)."""
     limits = device_limits(out.device.index)
     sizes = x.element_size(), w.element_size(), x.size(1), out.size(1)
-    tiles = tile_candidates(*sizes, weight_format, gated, limits)
-    is_special = (
-        limits.warp_specialized and may_be_warp_specialized(weight_format, w) and has_boxes(x, w, out)
-    )
-    return (*tiles, WARP_SPECIALIZED) if is_special else tiles
+    for_few_rows = few_rows.serve(weight_format, x, w, w_scale, limits)
+    candidates = tile_candidates(*sizes, weight_format, for_few_rows, gated, limits)
+    if limits.warp_specialized and may_be_warp_specialized(weight_format, w) and has_boxes(x, w, out):
+        candidates += (WARP_SPECIALIZED,)
+    tile = None
+    if for_few_rows:
+        tile = few_rows.choose(candidates, out.size(0), w.size(0), out.size(1), w.size(2))
+    return TileChoice(tile or choose_tile(candidates, out.size(0), w.size(0)), candidates)
 
 
 def may_be_warp_specialized(weight_format: WeightFormat, w: Tensor) -> bool:
@@ -48,6 +53,7 @@ def tile_candidates(
     depth: int,
     num_columns: int,
     weight_format: WeightFormat,
+    for_few_rows: bool,
     gated: bool,
     limits: DeviceLimits,
 ) -> tuple[Tile, ...]:
@@ -55,9 +61,16 @@ def tile_candidates(
 
     Args:
         x_size, w_size: bytes of a token's and of a stored weight's element.
+        for_few_rows: whether the kernels of ``few_rows`` serve.
     """
-    tiles = []
+    tiles: list[Tile] = []
+    if for_few_rows:
+        tiles = [
+            tile._replace(block_n=tile.block_n // 2 if gated else tile.block_n) for tile in few_rows.TILES
+        ]
     for block_m in _ROW_TILES:
+        if for_few_rows and block_m <= few_rows.MOST_ROWS:
+            continue
         if x_size == 4:
             # IEEE float32 runs on the ordinary units: what bounds it is registers.
             tile = Tile(min(block_m, 64), 64, 32, 2, 4 if block_m <= 32 else 8)

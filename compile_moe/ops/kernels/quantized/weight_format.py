@@ -14,16 +14,19 @@ class WeightFormat(NamedTuple):
     decode: stored numbers (uint8, a byte or a nibble each) to float32, before zero point and scale; None multiplies
         weights as they are stored, by tokens of their dtype.
     decode_16_bits: stored bytes to float16 or bfloat16, two at a time; None where there is none.
+    decode_words: the same of four bytes at a time, of which it returns those of bytes 0, 2, 1, 3.
     powers_of_two: what scales are.
-    decode_scale: stored scales to float32.
+    decode_scale: stored scales to float32. decode_scale_16_bits: to float16 or bfloat16; None for those stored so.
     packed: weights a stored element holds, along K. packed_zeros: rows whose zero points share an element.
     rows, group: rows and columns that share a scale; group 0 is a whole row.
     """
 
     decode: Any
     decode_16_bits: Any
+    decode_words: Any
     powers_of_two: bool
     decode_scale: Any
+    decode_scale_16_bits: Any
     packed: int
     packed_zeros: int
     rows: int
@@ -48,6 +51,18 @@ def decode_16_bits(codes, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def decode_words(codes, DTYPE: tl.constexpr):
+    """Placeholder for a scheme's ``decode_words``."""
+    return codes.to(DTYPE), codes.to(DTYPE)
+
+
+@triton.jit
 def decode_scale(scales):
     """Placeholder for a scheme's ``decode_scale``."""
     return scales.to(tl.float32)
+
+
+@triton.jit
+def decode_scale_16_bits(scales, DTYPE: tl.constexpr):
+    """Placeholder for a scheme's ``decode_scale_16_bits``."""
+    return scales.to(DTYPE)

@@ -1,0 +1,101 @@
+"""GEMM 1 on quantized weights for few rows an expert: the activation where a thread has gate and up."""
+
+from __future__ import annotations
+
+from triton.experimental.gluon import language as gl
+
+from compile_moe.ops.kernels.early_launch import await_earlier_kernels
+from compile_moe.ops.kernels.epilogue import epilogue
+from compile_moe.ops.kernels.quantized.few_rows.multiply import multiply
+from compile_moe.ops.kernels.tiles import grouped_order, tile_among
+
+
+def few_rows_gather_gemm_kernel(
+    out_ptr,  # (S, num_columns), contiguous
+    x_ptr,  # (M, K)
+    x_scale_ptr,
+    w_ptr,  # (E, N, K / packed)
+    scale_ptr,
+    zero_ptr,
+    bias_ptr,  # (E, N)
+    sorted_slots_ptr,  # (S,)
+    expert_offsets_ptr,  # (E + 1,)
+    num_slots,
+    num_row_tiles,
+    topk,
+    num_experts,
+    num_columns,  # I, or N without a gate
+    depth,  # K
+    stride_xm,
+    stride_xk,
+    stride_xsm,
+    stride_xsk,
+    stride_we,
+    stride_wn,
+    stride_wk,
+    stride_se,
+    stride_sn,
+    stride_sk,
+    stride_ze,
+    stride_zn,
+    stride_zk,
+    stride_be,
+    stride_bn,
+    LAYOUT: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    ZERO_SKIPPED: gl.constexpr,
+    E_POW2: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    EVEN_N: gl.constexpr,
+    EVEN_K: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    HAS_ZERO: gl.constexpr,
+    PACKED: gl.constexpr,
+    PACKED_ZEROS: gl.constexpr,
+    GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
+    EARLY: gl.constexpr,
+):
+    await_earlier_kernels(EARLY)
+    GATED: gl.constexpr = LAYOUT != "ungated"
+    ROWS: gl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    tile_m, tile_n = grouped_order(gl.program_id(0), num_row_tiles, gl.cdiv(num_columns, BLOCK_N), GROUP_M)
+    e = gl.arange(0, E_POW2, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    expert, first_row, end_row = tile_among(
+        e, expert_offsets_ptr, tile_m, num_slots, num_experts, BLOCK_M, ZERO_SKIPPED
+    )
+    if expert > num_experts:
+        return
+    out_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    out_row = first_row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, out_layout))
+    column = tile_n * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, out_layout))
+    out_ptrs = out_ptr + gl.expand_dims(out_row.to(gl.int64) * num_columns, 1) + gl.expand_dims(column, 0)
+    out_mask = gl.expand_dims(out_row < end_row, 1) & gl.expand_dims(column < num_columns, 0)
+    if ZERO_SKIPPED:
+        if expert == num_experts:
+            zeros = gl.zeros([BLOCK_M, BLOCK_N], out_ptr.dtype.element_ty, out_layout)
+            gl.store(out_ptrs, zeros, mask=out_mask)
+            return
+
+    x_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
+    row = first_row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, x_layout))
+    slot = gl.load(sorted_slots_ptr + row, mask=row < end_row, other=-1)
+    row_mask = (slot >= 0) & (slot < num_slots)
+    token = gl.where(row_mask, slot, 0) // topk
+    acc = multiply(
+        x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr,
+        expert, tile_n, token, row_mask, num_columns, depth,
+        stride_xm, stride_we, stride_wn, stride_se, stride_sn, stride_sk, stride_ze, stride_zn, stride_zk,
+        stride_be, stride_bn,
+        LAYOUT, ROWS, EVEN_N, EVEN_K, HAS_BIAS, HAS_ZERO,
+        PACKED, PACKED_ZEROS, GROUP, STAGES, WARPS,
+    )  # fmt: skip
+    if GATED:
+        pairs = gl.permute(gl.reshape(acc, [ROWS // 16, 2, 8, BLOCK_M]), (0, 2, 3, 1))
+        gate, up = gl.split(pairs)
+        y = gl.reshape(epilogue(gate, up).to(out_ptr.dtype.element_ty), [BLOCK_N, BLOCK_M])
+    else:
+        y = epilogue(acc, acc).to(out_ptr.dtype.element_ty)
+    gl.store(out_ptrs, gl.convert_layout(gl.permute(y, (1, 0)), out_layout), mask=out_mask)

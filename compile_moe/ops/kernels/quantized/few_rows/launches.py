@@ -1,0 +1,117 @@
+"""Where these kernels serve, with which tiles, and their constants."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.experimental.gluon._runtime import jit
+
+from compile_moe.ops.kernels.epilogue import build_epilogue, with_globals
+from compile_moe.ops.kernels.quantized.few_rows.layouts import STEP_BYTES
+from compile_moe.ops.kernels.quantized.few_rows.multiply import (
+    COLUMNS_OF_SCALES,
+    multiply,
+    multiply_part,
+    multiply_step,
+)
+from compile_moe.ops.kernels.quantized.operands import dequantizes_in_16_bits
+from compile_moe.ops.kernels.quantized.weight_format import WeightFormat, decode_scale_16_bits
+from compile_moe.ops.kernels.tiles import DeviceLimits, Tile, row_stride
+
+
+class FewRowsTile(Tile):
+    """A tile of these kernels."""
+
+    __slots__ = ()
+
+
+#: Rows of tokens, rows of weights; a step is deeper where these are packed. The first one has more and narrower
+#: programs, with more loads under way in each, for one token or few.
+TILES = (
+    FewRowsTile(8, 64, STEP_BYTES.value, 4, 2),
+    FewRowsTile(8, 128, STEP_BYTES.value, 2, 4),
+    FewRowsTile(16, 128, STEP_BYTES.value, 2, 4),
+    FewRowsTile(32, 128, STEP_BYTES.value, 2, 4),
+)
+MOST_ROWS = TILES[-1].block_m
+#: Fewer programs than two for a multiprocessor of an H100, and bytes of a row of weights beyond which narrow ones pay:
+#: at one token they took 48 instead of 57 us for 1440 bytes, 25 instead of 20 for 1024 and 384 (on an H200).
+_FEW_PROGRAMS, _NARROW_FROM = 256, 1280
+#: The most rows of an average expert for which a tile is taken (measured on an H200).
+_AVERAGE_ROWS = {8: 5, 16: 12, 32: 32}
+#: Registers of a thread with which four programs share a multiprocessor, of tiles that need hardly more.
+_REGISTERS = {8: 128, 16: 128}
+_SMALLEST_GROUP = 32
+_SHARED_MEMORY = (
+    80 * 1024
+)  # that of the largest tile and more; GPUs that copy asynchronously (sm_80) have 99 KiB
+
+
+def serve(weight_format: WeightFormat, x: Tensor, w: Tensor, w_scale: Tensor, limits: DeviceLimits) -> bool:
+    """Whether x (rows, depth) and weights (E, rows of weights, ...) can be multiplied by them: decoded to the tokens'
+    dtype, copied 16 bytes at a time, with whole groups in what a thread takes and in what shared memory has.
+    """
+    if limits.shared_memory < _SHARED_MEMORY:
+        return False
+    group = weight_format.group
+    if weight_format.decode_words is None or not dequantizes_in_16_bits(weight_format, x, w_scale):
+        return False
+    if group and (group % _SMALLEST_GROUP or COLUMNS_OF_SCALES.value % group):
+        return False
+    sizes = (row_stride(x), *w.stride()[:2], w.size(2), x.data_ptr(), w.data_ptr())
+    return x.stride(1) == 1 and w.stride(2) == 1 and not any(size % 16 for size in sizes)
+
+
+def choose(
+    candidates: tuple[Tile, ...], num_slots: int, num_experts: int, num_columns: int, stored_depth: int
+) -> Tile | None:
+    """The candidate of theirs for the average expert's rows; None where these are too many.
+
+    Args:
+        candidates: :data:`TILES`, whose ``block_n`` counts columns of the result, before others.
+        stored_depth: bytes of a row of weights.
+    """
+    experts = min(num_experts, max(num_slots, 1))
+    narrow, *others = candidates[: len(TILES)]
+    programs = experts * triton.cdiv(num_columns, others[0].block_n)
+    if num_slots <= experts and programs < _FEW_PROGRAMS and stored_depth > _NARROW_FROM:
+        return narrow
+    return next((tile for tile in others if num_slots <= experts * _AVERAGE_ROWS[tile.block_m]), None)
+
+
+def constants(weight_format: WeightFormat, has_zero: bool, tile: Tile, depth: int) -> dict[str, Any]:
+    return {
+        "EVEN_K": depth % (STEP_BYTES.value * weight_format.packed) == 0,
+        "HAS_ZERO": has_zero,
+        "PACKED": weight_format.packed,
+        "PACKED_ZEROS": weight_format.packed_zeros,
+        "GROUP": weight_format.group,
+        "STAGES": tile.num_stages,
+        "WARPS": tile.num_warps,
+        "maxnreg": _REGISTERS.get(tile.block_m) if tile.num_warps == 4 else None,
+    }
+
+
+@functools.cache
+def with_format(
+    kernel: Callable[..., None],
+    weight_format: WeightFormat,
+    epilogue_body: str,
+    do_not_specialize: tuple[str, ...],
+) -> Any:
+    """``kernel``, undecorated, whose ``multiply`` has the functions of a scheme, and with an epilogue."""
+    words = {"decode_words": weight_format.decode_words}
+    scales = {
+        "decode": weight_format.decode,
+        "decode_scale_16_bits": weight_format.decode_scale_16_bits or decode_scale_16_bits,
+    }
+    part = {"multiply_part": jit(with_globals(multiply_part.fn, words))}
+    step = {"multiply_step": jit(with_globals(multiply_step.fn, part))}
+    replaced = {"multiply": jit(with_globals(multiply.fn, scales | step))}
+    if epilogue_body:
+        replaced["epilogue"] = build_epilogue(epilogue_body)
+    return jit(with_globals(kernel, replaced), do_not_specialize=list(do_not_specialize))
