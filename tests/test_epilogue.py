@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import jit
 
 from compile_moe.ops.epilogue import VOCABULARY, Program, evaluate_steps, parse
 from compile_moe.ops.kernels import act_and_mul
+from compile_moe.ops.kernels.epilogue import build_epilogue, epilogue, with_globals
 from compile_moe.ops.named_activations import NAMES, program_text, resolve
 from tests.support.aot import compile_ahead
 from tests.support.oracle import ACTIVATIONS
@@ -111,3 +114,17 @@ def test_vocabulary_compiles_for_a_gpu(op: str, numbers: str) -> None:
     compiled = compile_ahead(launch.kernel, launch.args, options, capability=90, **compiler)
     # CUDA's own functions reduce large angles in float64.
     assert op in ("sin", "cos", "tan") or ".f64" not in compiled.ptx
+
+
+def columns_kernel(out_ptr, x_ptr):
+    i = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    x = gl.load(x_ptr + i)
+    gl.store(out_ptr + i, epilogue(x, x))
+
+
+@pytest.mark.parametrize("op", ["mul", "pow", "maximum", "where"])
+def test_literals_compile_in_gluon(op: str) -> None:
+    program = program_with(op, "gate", "1e-40")
+    kernel = jit(with_globals(columns_kernel, {"epilogue": build_epilogue(program.triton_source())}))
+    out, x = (torch.empty(128, device="meta") for _ in range(2))
+    assert ".f64" not in compile_ahead(kernel, (out, x), capability=90).ptx

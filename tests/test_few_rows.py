@@ -66,6 +66,12 @@ def test_where_they_serve() -> None:
     assert not served(int8, x=wide[:, ::2])
     assert not served(int8, w=torch.empty(2, 256, 64, dtype=torch.uint8).transpose(1, 2))
     assert not served(int8, limits=DeviceLimits(64 * 1024, async_mma=False))
+    # What these kernels know nothing of.
+    form = weight_format(int8.made.text)
+    x, w, scale = torch.empty(4, 256, dtype=torch.bfloat16), torch.empty(2, 64, 256), torch.empty(2, 64)
+    assert serve(form, x, w.byte(), scale, LIMITS) and not serve(form, x, w.char(), scale, LIMITS)
+    assert not serve(form._replace(rows=16), x, w.byte(), scale, LIMITS)
+    assert not serve(form, x, w.byte(), scale.byte(), LIMITS)
     assert [name for name in SCHEMES if SCHEMES[name].decode_words] == [
         name for name in SCHEMES if SCHEMES[name].decode_16_bits
     ]
@@ -121,10 +127,14 @@ def assert_right(gemms: Gemms) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gemms(variant: str, activation: str) -> None:
     """Every tile; depths that end in a step, or are less than one; columns that end in a tile."""
-    # Experts' rows on average: 1, 4, 10, 30; of the first one GEMM 1 has narrow tiles.
-    for m, k, i in ((1, 2592, 272), (15, 544, 96), (40, 96, 1312), (120, 1024, 288)):
+    # Experts' rows on average: 1, with narrow tiles in GEMM 1 and in GEMM 2, 4, 10, 30, and 1 of many experts.
+    sizes = (
+        *((1, 2592, 272, 8), (2, 96, 2624, 8)),
+        *((15, 544, 96, 8), (40, 96, 1312, 8), (120, 1024, 288, 8), (60, 96, 96, 128)),
+    )
+    for m, k, i, e in sizes:
         made = make_quantized(
-            VARIANTS[variant], M=m, K=k, I=i, E=8, topk=2, biased=True, dtype=torch.bfloat16, activation=activation,
+            VARIANTS[variant], M=m, K=k, I=i, E=e, topk=2, biased=True, dtype=torch.bfloat16, activation=activation,
             skipped=m == 40, routing="empty" if m == 15 else "random",
         )  # fmt: skip
         assert_right(Gemms(made))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -101,15 +102,22 @@ def assert_no_spills(results: list[tuple[Tile, CompiledKernel]], allowed: int = 
         assert spilled <= allowed, f"{tile}: {result.registers} registers, {spilled} bytes spilled"
 
 
+def assert_copies_16_bytes(result: CompiledKernel) -> None:
+    """All of its asynchronous copies, of which there are some."""
+    copies = re.findall(r"cp\.async\.\w+\.shared\.global\D*\S+ \+ 0 \], \[ \S+ \+ 0 \], (\w+)", result.ptx)
+    assert copies and set(copies) == {"0x10"}
+
+
 @pytest.mark.parametrize("variant", DEFAULTS)
 def test_on_hopper(variant: str) -> None:
     results = compiled(DEFAULTS[variant], 90, torch.bfloat16)
     assert_no_spills(results)
-    others = results
-    if DEFAULTS[variant].made.decode_words is not None:
-        others = [(tile, result) for tile, result in results if not isinstance(tile, few_rows.FewRowsTile)]
-        assert len(results) - len(others) == 2 * len(few_rows.TILES)
-    assert all(result.has_wgmma for _, result in others)
+    own = [result for tile, result in results if isinstance(tile, few_rows.FewRowsTile)]
+    others = [result for tile, result in results if not isinstance(tile, few_rows.FewRowsTile)]
+    assert len(own) == (2 * len(few_rows.TILES) if DEFAULTS[variant].made.decode_words else 0)
+    for result in own:
+        assert_copies_16_bytes(result)
+    assert all(result.has_wgmma for result in others)
 
 
 # Compiling every variant for each would take minutes.
@@ -139,24 +147,24 @@ def test_other_dtypes(variant: str, dtype: torch.dtype) -> None:
 
 
 def test_groups_of_8_bits() -> None:
-    assert_no_spills(
-        compiled(Variant("int8_w8a16", (("group_size", 64),), zero_points=True), 90, torch.bfloat16), 16
-    )
+    variant = Variant("int8_w8a16", (("group_size", 64),), zero_points=True)
+    assert_no_spills(compiled(variant, 90, torch.bfloat16, with_few_rows=False), 16)
 
 
 @pytest.mark.parametrize(
-    "variant",
+    ("variant", "shape", "activation", "dtype"),
     [
-        Variant("int4_w4a16", (("group_size", 512),)),
-        Variant("int8_w8a16", (("group_size", 32),), zero_points=True),
+        (Variant("int4_w4a16", (("group_size", 512),)), QWEN3_30B, "relu2_no_mul", torch.float16),
+        (DEFAULTS["mxfp4_w4a16-default"], (128, 4, 2880, 1440), "swigluoai", torch.bfloat16),
     ],
-    ids=["int4", "int8"],
+    ids=["wide groups", "masked"],
 )
-def test_other_groups_of_few_rows(variant: Variant) -> None:
-    results = compiled(variant, 90, torch.float16, act="relu2_no_mul")
-    assert_no_spills(
-        [(tile, result) for tile, result in results if isinstance(tile, few_rows.FewRowsTile)], 32
-    )
+def test_few_rows(variant: Variant, shape: tuple[int, ...], activation: str, dtype: torch.dtype) -> None:
+    results = compiled(variant, 90, dtype, shape, activation)
+    own = [(tile, result) for tile, result in results if isinstance(tile, few_rows.FewRowsTile)]
+    assert_no_spills(own, 32)
+    for _, result in own:
+        assert_copies_16_bytes(result)
 
 
 #: Those with one scale have the code of those with scales of rows.

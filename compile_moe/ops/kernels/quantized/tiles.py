@@ -57,7 +57,8 @@ def tile_candidates(
     gated: bool,
     limits: DeviceLimits,
 ) -> tuple[Tile, ...]:
-    """One tile for each of ``_ROW_TILES``; ``block_n`` counts columns of the result, of which gate and up make one.
+    """One tile for each of ``_ROW_TILES``, or those of ``few_rows`` and one for each larger one; ``block_n`` counts
+    columns of the result, of which gate and up make one.
 
     Args:
         x_size, w_size: bytes of a token's and of a stored weight's element.

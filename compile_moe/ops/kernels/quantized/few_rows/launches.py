@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 from triton.experimental.gluon._runtime import jit
@@ -60,7 +61,11 @@ def serve(weight_format: WeightFormat, x: Tensor, w: Tensor, w_scale: Tensor, li
     group = weight_format.group
     if weight_format.decode_words is None or not dequantizes_in_16_bits(weight_format, x, w_scale):
         return False
+    if w.dtype is not torch.uint8 or weight_format.rows != 1 or weight_format.packed not in (1, 2):
+        return False
     if group and (group % _SMALLEST_GROUP or COLUMNS_OF_SCALES.value % group):
+        return False
+    if not group and not w_scale.is_floating_point():  # multiplied as it is stored
         return False
     sizes = (row_stride(x), *w.stride()[:2], w.size(2), x.data_ptr(), w.data_ptr())
     return x.stride(1) == 1 and w.stride(2) == 1 and not any(size % 16 for size in sizes)
@@ -84,6 +89,7 @@ def choose(
 
 
 def constants(weight_format: WeightFormat, has_zero: bool, tile: Tile, depth: int) -> dict[str, Any]:
+    assert not has_zero or weight_format.group, "zero points belong to groups"
     return {
         "EVEN_K": depth % (STEP_BYTES.value * weight_format.packed) == 0,
         "HAS_ZERO": has_zero,

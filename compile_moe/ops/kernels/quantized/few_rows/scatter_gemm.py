@@ -9,6 +9,7 @@ from compile_moe.ops.kernels.quantized.few_rows.multiply import multiply
 from compile_moe.ops.kernels.tiles import grouped_order, tile_among
 
 
+# The parameters of the kernel for any number of rows, of which some aren't read here.
 def few_rows_scatter_gemm_kernel(
     out_ptr,  # (S, num_columns), contiguous, in slot order
     x_ptr,  # (S, I), in expert order
