@@ -265,24 +265,8 @@ def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
 
 def _plan(*arguments: Any) -> Plan:
     """Arguments: those of :func:`launches_for` behind the tile."""
-    (
-        out,
-        x,
-        _,
-        w1,
-        w1_scale,
-        w1_zp,
-        _,
-        _,
-        topk,
-        weight_format,
-        bias,
-        body,
-        layout,
-        zero_skipped,
-        precision,
-        _,
-    ) = arguments
+    out, x, _, w1, w1_scale, w1_zp, _, _, topk, *rest = arguments
+    weight_format, bias, body, layout, zero_skipped, precision, _ = rest
     tile, candidates = tile_choice(x, w1, w1_scale, out, weight_format, layout != "ungated")
     # The arguments that code depends on are those of every tile.
     like = launch_for(candidates[0], *arguments[:-1])

@@ -47,9 +47,8 @@ _AVERAGE_ROWS = {8: 5, 16: 12, 32: 32}
 #: Registers of a thread with which four programs share a multiprocessor, of tiles that need hardly more.
 _REGISTERS = {8: 128, 16: 128}
 _SMALLEST_GROUP = 32
-_SHARED_MEMORY = (
-    80 * 1024
-)  # that of the largest tile and more; GPUs that copy asynchronously (sm_80) have 99 KiB
+#: That of the largest tile and more; GPUs that copy asynchronously (sm_80) have 99 KiB.
+_SHARED_MEMORY = 80 * 1024
 
 
 def serve(weight_format: WeightFormat, x: Tensor, w: Tensor, w_scale: Tensor, limits: DeviceLimits) -> bool:
