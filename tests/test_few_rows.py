@@ -19,12 +19,10 @@ from tests.support.quantized_gemms import GEMMS, Gemms, spread
 from tests.support.quantized_inputs import op
 
 LIMITS = DeviceLimits(227 * 1024, async_mma=True)
-VARIANTS = {
-    "int4": Variant("int4_w4a16"),
+#: Every scheme that has them, with its sizes by default, and others.
+VARIANTS = {name: Variant(name) for name in sorted(SCHEMES) if SCHEMES[name].decode_words is not None} | {
     "int4, zero points": Variant("int4_w4a16", (("group_size", 32),), zero_points=True),
     "int4, wide groups": Variant("int4_w4a16", (("group_size", 512),)),
-    "mxfp4": Variant("mxfp4_w4a16"),
-    "int8": Variant("int8_w8a16"),
     "int8, zero points": Variant("int8_w8a16", (("group_size", 64),), zero_points=True),
 }
 
@@ -50,7 +48,7 @@ def served(
 
 def test_where_they_serve() -> None:
     assert all(served(variant, 512) for variant in VARIANTS.values())
-    int4, mxfp4, int8 = (VARIANTS[name] for name in ("int4", "mxfp4", "int8"))
+    int4, mxfp4, int8 = (VARIANTS[name] for name in ("int4_w4a16", "mxfp4_w4a16", "int8_w8a16"))
     assert served(int4, dtype=torch.float16) and served(int8, dtype=torch.float16)
     # Decoded in float32: 2^-127 is no float16, and scales of float32 are multiplied in float32.
     assert not served(mxfp4, dtype=torch.float16) and not served(int4, dtype=torch.float32)
@@ -72,9 +70,6 @@ def test_where_they_serve() -> None:
     assert serve(form, x, w.byte(), scale, LIMITS) and not serve(form, x, w.char(), scale, LIMITS)
     assert not serve(form._replace(rows=16), x, w.byte(), scale, LIMITS)
     assert not serve(form, x, w.byte(), scale.byte(), LIMITS)
-    assert [name for name in SCHEMES if SCHEMES[name].decode_words] == [
-        name for name in SCHEMES if SCHEMES[name].decode_16_bits
-    ]
 
 
 def chosen(num_slots: int, num_experts: int = 128, columns: int = 768, depth: int = 4096) -> Tile:
@@ -82,7 +77,7 @@ def chosen(num_slots: int, num_experts: int = 128, columns: int = 768, depth: in
     w = torch.empty(num_experts, 1, depth // 2, dtype=torch.uint8)
     scale = torch.empty(num_experts, 1, depth // 128, dtype=torch.bfloat16)
     out = torch.empty(num_slots, columns, dtype=torch.bfloat16)
-    form = weight_format(VARIANTS["int4"].made.text)
+    form = weight_format(VARIANTS["int4_w4a16"].made.text)
     return tile_choice(x, w, scale, out, form, True).tile
 
 
@@ -141,7 +136,7 @@ def test_gemms(variant: str, activation: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "mxfp4"])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if not VARIANTS[name].made.powers_of_two])
 def test_float16(variant: str) -> None:
     for m in (3, 40):
         assert_right(
@@ -211,7 +206,7 @@ def test_a_scale_that_is_no_number() -> None:
 
 @pytest.mark.gpu
 def test_other_operands_take_other_kernels() -> None:
-    gemms = Gemms(make_quantized(VARIANTS["int8"], M=9, K=256, I=256, E=8, dtype=torch.bfloat16))
+    gemms = Gemms(make_quantized(VARIANTS["int8_w8a16"], M=9, K=256, I=256, E=8, dtype=torch.bfloat16))
     x, *rest = gemms.inputs[GEMMS[0]]
     for other in (spread(x), torch.cat([x, x], 1)[:, 1:257]):
         # With its strides, and its distance from 16 bytes.

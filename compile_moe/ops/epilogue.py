@@ -165,11 +165,8 @@ def _triton_operand(operand: Operand) -> str:
         value = math.copysign(math.inf, value)
     if not math.isfinite(value):
         return f'float("{value!r}")'
-    if 0 < abs(value) < _SMALLEST_NORMAL:
-        # As columns: Gluon has no scalars of a dtype, and casts of Python's numbers crash it in some functions.
-        value_text = f"tl.cast({value!r}, tl.float32)"
-        return f"tl.where(gate == gate, {value_text}, {value_text})"
-    return repr(value)
+    # A cast, and not tl.full, which wants a layout in Gluon.
+    return f"tl.cast({value!r}, tl.float32)" if 0 < abs(value) < _SMALLEST_NORMAL else repr(value)
 
 
 _LARGEST = torch.finfo(torch.float32).max

@@ -169,21 +169,22 @@ _E8M0_BF16 = tl.constexpr(
 
 
 @triton.jit
-def nibbles_less_8(codes: tl.tensor, DTYPE: tl.constexpr) -> Any:
-    """The low and the high nibbles."""
+def _low_and_high(codes: tl.tensor, BF16: tl.constexpr, FP16: tl.constexpr, DTYPE: tl.constexpr) -> Any:
+    """Both nibbles of four bytes in a register, by the text for DTYPE."""
     if tl.bfloat16 == DTYPE:
         return tl.inline_asm_elementwise(
-            _NIBBLES_BF16,
-            "=&r,=&r,=&r,=&r,r",
-            [codes],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
+            BF16, "=&r,=&r,=&r,=&r,r", [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )
     else:
         return tl.inline_asm_elementwise(
-            _NIBBLES_FP16, "=&r,=&r,=&r,=&r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+            FP16, "=&r,=&r,=&r,=&r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
+
+
+@triton.jit
+def nibbles_less_8(codes: tl.tensor, DTYPE: tl.constexpr) -> Any:
+    """The low and the high nibbles."""
+    return _low_and_high(codes, _NIBBLES_BF16, _NIBBLES_FP16, DTYPE)
 
 
 @triton.jit
@@ -208,24 +209,7 @@ def e2m1_nibbles(codes: tl.tensor, DTYPE: tl.constexpr) -> Any:
 @triton.jit
 def nibble_words_less_8(codes: tl.tensor, DTYPE: tl.constexpr) -> Any:
     """The low and the high nibbles, of every four bytes those of 0, 2, 1, 3."""
-    if tl.bfloat16 == DTYPE:
-        return tl.inline_asm_elementwise(
-            _NIBBLE_WORDS_BF16,
-            "=&r,=&r,=&r,=&r,r",
-            [codes],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            _NIBBLE_WORDS_FP16,
-            "=&r,=&r,=&r,=&r,r",
-            [codes],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
+    return _low_and_high(codes, _NIBBLE_WORDS_BF16, _NIBBLE_WORDS_FP16, DTYPE)
 
 
 @triton.jit
@@ -245,14 +229,7 @@ def byte_words_less_128(codes: tl.tensor, DTYPE: tl.constexpr) -> Any:
 def e2m1_nibble_words(codes: tl.tensor, DTYPE: tl.constexpr) -> Any:
     """The low and the high nibbles, of every four bytes those of 0, 2, 1, 3. bfloat16 only."""
     tl.static_assert(tl.bfloat16 == DTYPE)
-    return tl.inline_asm_elementwise(
-        _E2M1_WORDS_BF16,
-        "=&r,=&r,=&r,=&r,r",
-        [codes],
-        dtype=(tl.bfloat16, tl.bfloat16),
-        is_pure=True,
-        pack=4,
-    )
+    return _low_and_high(codes, _E2M1_WORDS_BF16, _E2M1_WORDS_BF16, DTYPE)
 
 
 @triton.jit

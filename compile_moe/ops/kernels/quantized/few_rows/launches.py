@@ -40,12 +40,13 @@ TILES = (
 )
 MOST_ROWS = TILES[-1].block_m
 #: Fewer programs than two for a multiprocessor of an H100, and bytes of a row of weights beyond which narrow ones pay:
-#: at one token they took 48 instead of 57 us for 1440 bytes, 25 instead of 20 for 1024 and 384 (on an H200).
+#: a layer took 48 instead of 57 us at one token with 1440 bytes, 25 instead of 20 with 1024 and 384 (H200, one run).
 _FEW_PROGRAMS, _NARROW_FROM = 256, 1280
-#: The most rows of an average expert for which a tile is taken (measured on an H200).
+#: The most rows of an average expert for which a tile is taken: so many that few experts need a second one. 32 was also
+#: faster than the other kernels' tile of 64, at gpt-oss with 1024 tokens on an H200.
 _AVERAGE_ROWS = {8: 5, 16: 12, 32: 32}
-#: Registers of a thread with which four programs share a multiprocessor, of tiles that need hardly more.
-_REGISTERS = {8: 128, 16: 128}
+#: Of a thread: with so many, four programs share a multiprocessor. Tiles of up to 16 rows need hardly more.
+_REGISTERS = 128
 _SMALLEST_GROUP = 32
 #: That of the largest tile and more; GPUs that copy asynchronously (sm_80) have 99 KiB.
 _SHARED_MEMORY = 80 * 1024
@@ -97,7 +98,7 @@ def constants(weight_format: WeightFormat, has_zero: bool, tile: Tile, depth: in
         "GROUP": weight_format.group,
         "STAGES": tile.num_stages,
         "WARPS": tile.num_warps,
-        "maxnreg": _REGISTERS.get(tile.block_m) if tile.num_warps == 4 else None,
+        "maxnreg": _REGISTERS if tile.block_m <= 16 and tile.num_warps == 4 else None,
     }
 
 
