@@ -64,6 +64,9 @@ def test_where_they_serve() -> None:
     assert not served(int8, x=wide[:, ::2])
     assert not served(int8, w=torch.empty(2, 256, 64, dtype=torch.uint8).transpose(1, 2))
     assert not served(int8, limits=DeviceLimits(64 * 1024, async_mma=False))
+    # Distances of 31 bits within an expert's weights.
+    tall = torch.empty(1, 2**23, 256, dtype=torch.uint8, device="meta")
+    assert not served(int8, w=tall) and served(int8, w=tall[:, :-1])
     # What these kernels know nothing of.
     form = weight_format(int8.made.text)
     x, w, scale = torch.empty(4, 256, dtype=torch.bfloat16), torch.empty(2, 64, 256), torch.empty(2, 64)

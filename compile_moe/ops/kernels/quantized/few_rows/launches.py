@@ -68,7 +68,10 @@ def serve(weight_format: WeightFormat, x: Tensor, w: Tensor, w_scale: Tensor, li
     if not group and not w_scale.is_floating_point():  # multiplied as it is stored
         return False
     sizes = (row_stride(x), *w.stride()[:2], w.size(2), x.data_ptr(), w.data_ptr())
-    return x.stride(1) == 1 and w.stride(2) == 1 and not any(size % 16 for size in sizes)
+    if x.stride(1) != 1 or w.stride(2) != 1 or any(size % 16 for size in sizes):
+        return False
+    # Distances within an expert's weights have 32 bits.
+    return w.size(1) * w.stride(1) < 2**31
 
 
 def choose(
