@@ -10,7 +10,7 @@ import torch
 
 
 def repair_floats(shipped: Any) -> None:
-    """Compute bfloat16 in float32 with one rounding, and cast as torch does (round to nearest even)."""
+    """Compute bfloat16 in float32 with one rounding, fma with one, and cast as torch does (round to nearest even)."""
     import triton.language as tl
 
     builder = shipped.InterpreterBuilder
@@ -86,7 +86,9 @@ def repair_floats(shipped: Any) -> None:
         return shipped.TensorHandle(product + acc.data, acc.dtype.scalar)
 
     def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
-        result = shipped.TensorHandle(widen(x).data * widen(y).data + widen(z).data, widen(z).dtype.scalar)
+        # float64 has room for products of float32, and makes of two roundings one for nearly all sums.
+        x64, y64, z64 = (widen(t).data.astype(np.float64) for t in (x, y, z))
+        result = shipped.TensorHandle((x64 * y64 + z64).astype(widen(z).data.dtype), widen(z).dtype.scalar)
         return narrow(result, tl.bfloat16) if is_bf16(z) else result
 
     def bf16_constant(self: Any, value: float) -> Any:
