@@ -57,7 +57,7 @@ def compiled(
     e, topk, k, i = shape
     multiple = variant.made.column_multiple
     k, i = -(-k // multiple) * multiple, -(-i // multiple) * multiple
-    limits = DeviceLimits(SHARED_MEMORY_BUDGET[capability], capability in (90, 100))
+    limits = DeviceLimits(SHARED_MEMORY_BUDGET[capability], capability in (90, 100), capability == 90)
     form, program = weight_format(variant.made.text), parse(program_text(act))
     precision = "ieee" if dtype is torch.float32 else "16-bit"
     n, s = 2 * i if program.gated else i, 64 * topk

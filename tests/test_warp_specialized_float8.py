@@ -12,8 +12,8 @@ import compile_moe
 from compile_moe.ops import quantized_gather_gemm, quantized_scatter_gemm
 from compile_moe.ops.kernels.launch import loading_everything
 from compile_moe.ops.kernels.quantized import tiles
-from compile_moe.ops.kernels.quantized.tiles import tile_choice
-from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, WARP_SPECIALIZED_PAYS_FROM, DeviceLimits
+from compile_moe.ops.kernels.quantized.tiles import WARP_SPECIALIZED_PAYS_FROM, tile_choice
+from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, DeviceLimits
 from compile_moe.ops.kernels.warp_specialized import row_tiles
 from compile_moe.ops.quantized_format import weight_format
 from compile_moe.quantization import SCHEMES
@@ -75,8 +75,22 @@ def test_who_can_run_it(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("variant", [PER_ROW, PER_BLOCK], ids=["row", "block"])
+def test_tiles_of_64_rows_up_to_there(hopper: None, variant: Variant) -> None:
+    w, scale = torch.empty(4, 128, 256, dtype=torch.float8_e4m3fn), torch.empty(4, 128, 1)
+
+    def chosen(slots: int) -> Any:
+        x, out = torch.empty(64, 256, dtype=w.dtype), torch.empty(slots, 128, dtype=torch.bfloat16)
+        return tile_choice(x, w, scale, out, weight_format(variant.made.text), False)
+
+    enough = WARP_SPECIALIZED_PAYS_FROM * 4
+    assert [chosen(slots).tile.block_m for slots in (16, 4 * 24, 4 * 25, enough - 1)] == [16, 32, 64, 64]
+    assert chosen(enough).tile == WARP_SPECIALIZED
+    assert chosen(16).candidates == chosen(enough).candidates
+
+
+@pytest.mark.parametrize("variant", [PER_ROW, PER_BLOCK], ids=["row", "block"])
 def test_launches(hopper: None, variant: Variant) -> None:
-    """A list of row tiles, then the GEMM, from as many rows as with 16 bits; other numbers of tokens load nothing."""
+    """A list of row tiles, then the GEMM, from enough rows on; other numbers of tokens load nothing."""
     shape = {"K": 128, "I": 64, "E": 4, "topk": 2, "dtype": torch.bfloat16}
     enough = WARP_SPECIALIZED_PAYS_FROM * 4 // 2
     q, other, few = (make_quantized(variant, M=m, **shape) for m in (enough, enough + 88, enough - 1))
@@ -100,7 +114,7 @@ def test_launches(hopper: None, variant: Variant) -> None:
 @pytest.mark.parametrize("m", [0, 1])
 def test_the_warm_up_loads_them(hopper: None, m: int) -> None:
     shape = {"K": 128, "I": 64, "E": 4, "topk": 2, "dtype": torch.bfloat16}
-    first, many = (make_quantized(PER_ROW, M=tokens, **shape) for tokens in (m, 300))
+    first, many = (make_quantized(PER_ROW, M=tokens, **shape) for tokens in (m, 600))
     many.q1, many.q2 = first.q1, first.q2
     with simulated_gpu() as gpu:
         with loading_everything():

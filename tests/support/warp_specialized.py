@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 from compile_moe.ops.kernels import launch, remembered_calls, tiles
+from compile_moe.ops.kernels.quantized import tiles as quantized_tiles
 from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED_FROM
 
 #: Arguments of make_layer, with at least 64 rows an expert.
@@ -61,7 +62,10 @@ def warp_specialized_wherever_possible() -> Iterator[None]:
     """The choice of tiles takes them from the fewest rows with which they can run; nothing is remembered."""
     remembered_calls.forget()
     with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(tiles, "WARP_SPECIALIZED_PAYS_FROM", WARP_SPECIALIZED_FROM))
+        for module in (tiles, quantized_tiles):
+            patches.enter_context(
+                mock.patch.object(module, "WARP_SPECIALIZED_PAYS_FROM", WARP_SPECIALIZED_FROM)
+            )
         patches.enter_context(mock.patch.object(remembered_calls, "_MOST_BYTES", 0))
         for cache in ("_ready", "_loaded"):
             patches.enter_context(mock.patch.object(launch, cache, {}))
