@@ -153,8 +153,14 @@ def dispatched(layer: Layer, tokens: torch.Tensor, scale: torch.Tensor | None, r
     return batch.flatten(0, 1), scale, batch_rows, launch(sort_batch, counts, rows)
 
 
-@pytest.mark.parametrize("rows", [2, 40])
-@pytest.mark.parametrize("case", ["M0", "M1", "odd", "skipped-mapped", "all-on-one", "biased"])
+# With room for all tokens, and for two of an expert.
+@pytest.mark.parametrize(
+    ("case", "rows"),
+    [
+        *((case, 2) for case in ("M0", "M1", "odd", "skipped-mapped", "all-on-one", "biased")),
+        *(("odd", 40), ("all-on-one", 40)),
+    ],
+)
 def test_layer(case: str, rows: int) -> None:
     """Through the launchers, as the ops call them on CUDA; all that they leave unwritten is NaN."""
     layer = make_layer(**CASES[case], dtype=torch.bfloat16)
@@ -170,7 +176,7 @@ def test_layer(case: str, rows: int) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_quantized_layer(variant: str) -> None:
     rows = 5
-    q = make_quantized(VARIANTS[variant], **CASES["odd"])
+    q = make_quantized(VARIANTS[variant], **CASES["odd"] | {"M": 20, "E": 3, "topk": 2})
     layer, scheme = q.layer, q.variant.made
     tokens, scale, scaling = layer.hidden_states, None, scheme.token_scaling
     if scaling is not None:

@@ -14,8 +14,16 @@ from tests.support.token_inputs import GIVEN, SCALINGS, assert_same_bits, given,
 SHAPES = [(0, 5), (1, 1), (1, 300), (5, 130), (17, 33)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("scaling", SCALINGS)
+# 16-bit tokens, which programs compute with in float32, by both kinds of kernels.
+@pytest.mark.parametrize(
+    ("scaling", "dtype"),
+    [
+        *((scaling, torch.float32) for scaling in SCALINGS),
+        *(("int8 per tensor", dtype) for dtype in (torch.bfloat16, torch.float16)),
+        *(("float8_e4m3fn per group of 7", dtype) for dtype in (torch.bfloat16, torch.float16)),
+    ],
+    ids=str,
+)
 def test_bits(scaling: str, dtype: torch.dtype) -> None:
     for m, k in SHAPES:
         for special in (False, True):
@@ -66,8 +74,9 @@ def test_maxima_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
             )
 
 
-@pytest.mark.parametrize("programs", [2, 1024])
-@pytest.mark.parametrize("num_rows", [0, 1, 5, 9, 10**6, -3])
+@pytest.mark.parametrize(
+    ("num_rows", "programs"), [*((n, 2) for n in (0, 1, 5, 9, 10**6, -3)), (5, 1024), (10**6, 1024)]
+)
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_rows_behind_the_last_expert(
     scaling: str, num_rows: int, programs: int, monkeypatch: pytest.MonkeyPatch

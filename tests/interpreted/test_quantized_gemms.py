@@ -16,6 +16,9 @@ from tests.support.oracle import CASES
 from tests.support.quantized import VARIANTS, Variant, make_quantized
 from tests.support.quantized_gemms import DEFAULTS, GEMMS, Gemms, spread
 
+#: Quantized tokens with scales of blocks, and packed weights with zero points.
+TWO = ("fp8_w8a8_block-block_shape(16,24)", "int4_w4a16-group_size16-zp")
+
 OPS = {"quantized_gather_gemm": quantized_gather_gemm, "quantized_scatter_gemm": quantized_scatter_gemm}
 
 #: Group and block sizes that divide no tile, or that no tile divides.
@@ -44,14 +47,26 @@ def check(variant: Variant, **options: Any) -> None:
         gemms.check(stage, run(gemms, stage))
 
 
-@pytest.mark.parametrize("case", ["M0", "M1", "odd", "skipped", "mapped-int32-biased"])
-@pytest.mark.parametrize("variant", VARIANTS)
+def gemm_cases() -> list[Any]:
+    """Every scheme over masked tiles and with biases; rows, which no scheme looks at, with two."""
+    rows = [(v, c) for v in TWO for c in ("M0", "M1", "skipped")]
+    return [*((v, c) for v in VARIANTS for c in ("odd", "mapped-int32-biased")), *rows]
+
+
+@pytest.mark.parametrize(("variant", "case"), gemm_cases())
 def test_gemms(variant: str, case: str) -> None:
-    check(VARIANTS[variant], **CASES[case])
+    check(VARIANTS[variant], **CASES[case] | {"E": 3})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("variant", DEFAULTS)
+# float32, which all other tests have, where tokens are quantized and where they aren't.
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [
+        *((v, torch.bfloat16) for v in DEFAULTS),
+        *((v, torch.float32) for v in ("fp8_w8a8_block-default", "mxfp4_w4a16-default")),
+    ],
+    ids=str,
+)
 def test_steps_along_k(variant: str, dtype: torch.dtype) -> None:
     """Several steps of the loop, the last one cut off where the scheme allows it."""
     check(DEFAULTS[variant], M=3, E=2, K=290, I=150, biased=True, dtype=dtype)
@@ -62,8 +77,13 @@ def test_sizes_that_fit_no_tile(variant: str) -> None:
     check(AWKWARD[variant], M=2, E=1, topk=1, K=70, I=40)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("variant", ["fp8_w8a8_channel", "int4_w4a16-group_size16-zp"])
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [
+        *(("fp8_w8a8_channel", name) for name in NAMES),
+        *(("int4_w4a16-group_size16-zp", name) for name in ("silu", "swigluoai", "relu2_no_mul")),
+    ],
+)
 def test_activation_in_the_epilogue(variant: str, name: str) -> None:
     check(VARIANTS[variant], M=5, I=33, activation=name, biased=True)
 
@@ -85,7 +105,7 @@ def test_any_strides(variant: str) -> None:
         gemms.check(stage, launch(OPS[stage], *strided))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*TWO, "fp8_w8a8_channel", "int8_w8a16", "mxfp4_w4a16"])
 def test_transposed_weights(variant: str) -> None:
     check(VARIANTS[variant], M=5, E=2, transposed=True)
 
@@ -101,19 +121,31 @@ def test_static_token_scales(static: str) -> None:
         gemms.check(stage, run(gemms, stage))
 
 
-@pytest.mark.parametrize("block_m", [16, 32, 64, 128])
-@pytest.mark.parametrize("variant", ["fp8_w8a8_block-default", "int8_w8a16-default", "int4_w4a16-default"])
+@pytest.mark.parametrize(
+    ("variant", "block_m"),
+    [
+        *(("fp8_w8a8_block-default", block_m) for block_m in (16, 32, 64, 128)),
+        *(("int8_w8a16-default", 64), ("int4_w4a16-default", 32)),
+    ],
+)
 def test_every_row_tile(variant: str, block_m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "_ROW_TILES", (block_m,))
     tiles.tile_candidates.cache_clear()
     try:
-        check(DEFAULTS[variant], M=50, K=64, I=33, E=2, dtype=torch.bfloat16)
+        check(DEFAULTS[variant], M=40, K=64, I=33, E=2, dtype=torch.bfloat16)
     finally:
         tiles.tile_candidates.cache_clear()
 
 
-@pytest.mark.parametrize("offsets", [[0, 90, 3, -5], [7, 6, 5, 4], [-(2**31), 2**31 - 1, 2, 99]], ids=str)
-@pytest.mark.parametrize("variant", DEFAULTS)
+@pytest.mark.parametrize(
+    ("variant", "offsets"),
+    [
+        *((v, [0, 90, 3, -5]) for v in DEFAULTS),
+        *(("fp8_w8a8_block-default", o) for o in ([7, 6, 5, 4], [-(2**31), 2**31 - 1, 2, 99])),
+        ("int8_w8a16-default", [-(2**31), 2**31 - 1, 2, 99]),
+    ],
+    ids=str,
+)
 def test_in_bounds_whatever_the_sort_says(variant: str, offsets: list[int]) -> None:
     """The bounds checks of the interpreter raise on any access outside the arguments."""
     gemms = Gemms(make_quantized(DEFAULTS[variant], M=4, E=3, biased=True))
@@ -123,8 +155,13 @@ def test_in_bounds_whatever_the_sort_says(variant: str, offsets: list[int]) -> N
         launch(OPS[stage], *arguments[:5], slots, bounds, *arguments[7:])
 
 
-@pytest.mark.parametrize("special", [float("nan"), 0.0, 2.0**-130])
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if VARIANTS[v].scheme != "mxfp4_w4a16"])
+@pytest.mark.parametrize(
+    ("variant", "special"),
+    [
+        *((v, float("nan")) for v in VARIANTS if VARIANTS[v].scheme != "mxfp4_w4a16"),
+        *((v, s) for v in (*TWO, "fp8_w8a8_tensor", "int8_w8a8_channel") for s in (0.0, 2.0**-130)),
+    ],
+)
 def test_special_scales(variant: str, special: float) -> None:
     """What the formula makes of them, and nothing where other scales are."""
     gemms = Gemms(make_quantized(VARIANTS[variant], M=3, E=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from types import FunctionType, SimpleNamespace
@@ -48,6 +49,11 @@ def offsets_of(counts: list[int]) -> Tensor:
     return torch.tensor([0, *counts]).cumsum(0).int()
 
 
+@functools.cache
+def tiles_of(*counts: int) -> list[list[int]]:
+    return list_tiles(offsets_of(list(counts)), sum(counts))
+
+
 def list_tiles(offsets: Tensor, num_slots: int) -> list[list[int]]:
     num_experts = len(offsets) - 1
     slots = torch.zeros(num_slots, dtype=torch.int32)
@@ -87,7 +93,7 @@ def find_tile(tiles: list[list[int]], tile: int, num_row_tiles: int, num_n: int)
 @pytest.mark.parametrize("num_columns", [1, 3, 12, 16, 17, 40])
 @pytest.mark.parametrize("counts", [EDGES, [9000], *RANDOM[1:]], ids=len)
 def test_every_row_tile_meets_every_column_tile_once(counts: list[int], num_columns: int) -> None:
-    tiles = list_tiles(offsets_of(counts), sum(counts))
+    tiles = tiles_of(*counts)
     total = len(tiles) * num_columns
     found = [find_tile(tiles, tile, len(tiles), num_columns) for tile in range(total + 3)]
     assert {tuple(each) for each in found} == {

@@ -25,11 +25,11 @@ def is_interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def run_interpreted(test_file: Path, *pytest_arguments: str, timeout: float = 600) -> None:
-    """Run one test file under the interpreter, and fail with its output if it fails."""
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *pytest_arguments]
+def run_interpreted(*test_files: Path, timeout: float = 600) -> None:
+    """Run test files in one process under the interpreter, and fail with its output if it fails."""
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(test_file)],
+        [sys.executable, "-m", "pytest", *options, *map(str, test_files)],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
@@ -37,7 +37,8 @@ def run_interpreted(test_file: Path, *pytest_arguments: str, timeout: float = 60
         timeout=timeout,
     )
     if result.returncode != 0:
-        raise AssertionError(f"{test_file.name} under the interpreter:\n{result.stdout}\n{result.stderr}")
+        names = ", ".join(file.name for file in test_files)
+        raise AssertionError(f"{names} under the interpreter:\n{result.stdout}\n{result.stderr}")
 
 
 @functools.cache
