@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.support.batched import (
     poison,
     poisoning,
 )
+from tests.support.devices import on_each_device
 from tests.support.oracle import ACTIVATIONS, CASES, Layer, assert_as_accurate, make_layer
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "no_grad")
@@ -81,9 +83,19 @@ def test_capacity(case: str, experts: str, max_num_tokens: int, device: str, poi
     assert kernel.prepare_finalize.num_dropped.tolist() == remaining.num_dropped
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"], ids=str)
-@pytest.mark.parametrize("experts", EXPERTS)
-@pytest.mark.parametrize("case", ["biased", "skipped-mapped", "M0", "M1", "all-on-one", "ungated"])
+NOBODYS = ("biased", "skipped-mapped", "M0", "M1", "all-on-one", "ungated")
+
+
+# Compiled, with all cases once.
+@on_each_device(
+    "case,experts,backend",
+    itertools.product(NOBODYS, EXPERTS, [None, "aot_eager", "inductor"]),
+    on_cpu=[
+        *itertools.product(NOBODYS, EXPERTS, [None]),
+        *itertools.product(["M0", "M1", "ungated"], EXPERTS, ["aot_eager"]),
+        *itertools.product(["biased", "skipped-mapped", "all-on-one"], EXPERTS, ["inductor"]),
+    ],
+)
 def test_rows_without_tokens_are_nobodys(case: str, experts: str, backend: str | None, device: str) -> None:
     """NaN in them, before the experts and behind them, reaches no result."""
     layer = make_layer(**CASES[case], device=device)
@@ -92,9 +104,17 @@ def test_rows_without_tokens_are_nobodys(case: str, experts: str, backend: str |
     assert_as_accurate(function(*layer.args, **options_of(layer)), kept(layer, 7).layer)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("experts", EXPERTS)
-@pytest.mark.parametrize("case", ["plain", "M0", "M1", "biased", "skipped-mapped", "topk1-on-input"])
+COMPILED = ("plain", "M0", "M1", "biased", "skipped-mapped", "topk1-on-input")
+
+
+@on_each_device(
+    "case,experts,backend",
+    itertools.product(COMPILED, EXPERTS, ["aot_eager", "inductor"]),
+    on_cpu=[
+        *itertools.product(COMPILED, EXPERTS, ["aot_eager"]),
+        *itertools.product(["M0", "M1", "skipped-mapped"], EXPERTS, ["inductor"]),
+    ],
+)
 def test_compiled(case: str, experts: str, backend: str, device: str) -> None:
     layer = make_layer(**CASES[case], device=device)
     kernel = batched_kernel(layer, 4, experts)

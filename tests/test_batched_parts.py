@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from compile_moe import (
     PrepareResult,
 )
 from tests.support.batched import EXPERTS, PoisonedParts, batched_kernel, kept, options_of, poison
+from tests.support.devices import on_each_device
 from tests.support.oracle import CASES, assert_as_accurate, make_layer
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -144,10 +146,22 @@ def run(kernel: Callable[..., Tensor], layer: Any, backend: str | None) -> Tenso
         return kernel(*layer.args, **options_of(layer))
 
 
-@BACKENDS
-@pytest.mark.parametrize("experts", [*EXPERTS, UserExperts])
-@pytest.mark.parametrize("parts", [UserParts, PoisonedParts])
-@pytest.mark.parametrize("case", ["plain", "M0", "M1", "topk1-on-input", "all-on-one", "ungated"])
+PAIRS = list(itertools.product([UserParts, PoisonedParts], [*EXPERTS, UserExperts]))
+COMBINED = ("plain", "M0", "M1", "topk1-on-input", "all-on-one", "ungated")
+
+
+# Each pair compiled, with all cases among a pair of ours and one of the user's.
+@on_each_device(
+    "case,parts,experts,backend",
+    [(c, *pair, b) for c in COMBINED for pair in PAIRS for b in (None, "aot_eager", "inductor")],
+    on_cpu=[
+        *((c, *pair, None) for c in COMBINED for pair in PAIRS),
+        *(("topk1-on-input", *pair, "aot_eager") for pair in PAIRS),
+        *(("all-on-one", *pair, "inductor") for pair in PAIRS),
+        *(("M0", *pair, "inductor") for pair in (PAIRS[2], PAIRS[3])),
+        *((c, *pair, "aot_eager") for c in ("M1", "ungated") for pair in (PAIRS[2], PAIRS[3])),
+    ],
+)
 def test_combinations(case: str, parts: type[Any], experts: Any, backend: str | None, device: str) -> None:
     layer = make_layer(**CASES[case], device=device)
     made = EXPERTS[experts](ROWS) if isinstance(experts, str) else experts()
@@ -155,8 +169,17 @@ def test_combinations(case: str, parts: type[Any], experts: Any, backend: str | 
     assert_as_accurate(run(kernel, layer, backend), kept(layer, ROWS).layer, FACTOR)
 
 
-@BACKENDS
-@pytest.mark.parametrize("case", ["skipped-mapped", "topk1-on-input", "all-on-one"])
+SUBCLASSED = ("skipped-mapped", "topk1-on-input", "all-on-one")
+
+
+@on_each_device(
+    "case,backend",
+    itertools.product(SUBCLASSED, [None, "aot_eager", "inductor"]),
+    on_cpu=[
+        *itertools.product(SUBCLASSED, [None]),
+        *(("topk1-on-input", "aot_eager"), ("skipped-mapped", "inductor")),
+    ],
+)
 def test_subclasses(case: str, backend: str | None, device: str) -> None:
     """Halves of doubles: each override is called, once."""
     layer = make_layer(**CASES[case], device=device)

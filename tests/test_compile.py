@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import compile_moe
+from tests.support.devices import on_each_device
 from tests.support.oracle import CASES, assert_as_accurate, make_layer
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -45,8 +47,17 @@ def test_function(case: str, device: str) -> None:
     assert_as_accurate(compiled(*layer.args), layer)
 
 
-@pytest.mark.parametrize("case", ["plain", "M1", "odd", "transposed-biased-swigluoai", "skipped-mapped"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+THROUGH_INDUCTOR = ("plain", "M1", "odd", "transposed-biased-swigluoai", "skipped-mapped")
+
+
+@on_each_device(
+    "dtype,case",
+    itertools.product([torch.float32, torch.bfloat16], THROUGH_INDUCTOR),
+    on_cpu=[
+        *itertools.product([torch.float32], THROUGH_INDUCTOR),
+        *itertools.product([torch.bfloat16], ["odd", "skipped-mapped"]),
+    ],
+)
 def test_function_through_inductor(case: str, dtype: torch.dtype, device: str) -> None:
     layer = make_layer(**CASES[case], dtype=dtype, device=device)
     compiled = torch.compile(lambda *args: compile_moe.fused_experts(*args, **layer.options), fullgraph=True)

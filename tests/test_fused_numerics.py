@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.support.block import ACTIVATIONS, Block, FusedBlock, assert_block_as_accurate, make_block
+from tests.support.devices import on_each_device
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -27,8 +29,11 @@ class Blocks(torch.nn.Module):
         return [block(x) for block in self.blocks]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@on_each_device(
+    "activation,dtype",
+    itertools.product(ACTIVATIONS, DTYPES),
+    on_cpu=[*itertools.product(ACTIVATIONS, ["fp32", "bf16"]), ("silu", "fp16")],
+)
 def test_every_topk(activation: str, dtype: str, device: str) -> None:
     block = make_block(dtype=DTYPES[dtype], device=device, activation=activation)
     # Compiling for a CPU is slow: there all of them with one activation, which knows nothing of topk, in float32, which

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from compile_moe import (
     TorchExperts,
     TritonExperts,
 )
+from tests.support.devices import on_each_device
 from tests.support.oracle import assert_as_accurate, make_layer, swigluoai
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -79,9 +81,16 @@ ACTIVATIONS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("experts", EXPERTS)
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("kind", ACTIVATIONS)
+# TorchExperts take no kind apart: compiled, those that differ to dynamo.
+@on_each_device(
+    "kind,compiled,experts",
+    itertools.product(ACTIVATIONS, [False, True], EXPERTS),
+    on_cpu=[
+        *itertools.product(ACTIVATIONS, [False], EXPERTS),
+        *itertools.product(ACTIVATIONS, [True], ["triton"]),
+        *itertools.product(["name", "record", "function-of-a-row", "bound-method"], [True], ["torch"]),
+    ],
+)
 def test_activation_kinds(kind: str, compiled: bool, experts: str, device: str) -> None:
     activation, function = ACTIVATIONS[kind]
     scaled.to(device)

@@ -80,8 +80,10 @@ def doubled(x: Tensor, scaling: str, *given: Tensor | None) -> tuple[Tensor, Ten
 def test_compiled(scaling: str, device: str) -> None:
     """The op's bits, for any shape and dtype. Columns of 112 have whole groups of 7, and 256 have those of 128."""
     compiled = torch.compile(doubled, fullgraph=True, dynamic=True)
+    shapes = ((5, 112), (17, 112), (1, 112), (0, 112), (5, 256))
     for dtype in (torch.float32, torch.bfloat16):
-        for m, k in ((5, 112), (17, 112), (1, 112), (0, 112), (5, 256)):
+        # Each dtype compiles anew, and on a CPU that takes seconds.
+        for m, k in shapes[:2] if device == "cpu" and dtype is torch.bfloat16 else shapes:
             x = heavy_tailed(m, k, dtype, device=device)
             assert_same_bits(compiled(x, scaling), doubled(x, scaling))
 

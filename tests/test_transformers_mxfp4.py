@@ -44,9 +44,9 @@ def schemes_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return record_schemes(monkeypatch)
 
 
-def mxfp4_checkpoint(folder: Path) -> dict[str, Tensor]:
+def mxfp4_checkpoint(folder: Path, **options: Any) -> dict[str, Tensor]:
     """Write a tiny one, and return its tensors."""
-    model = make_model("gpt_oss")
+    model = make_model("gpt_oss", **options)
     model.save_pretrained(folder)
     state = {}
     for name, value in model.state_dict().items():
@@ -109,7 +109,7 @@ def test_mxfp4_models_are_pickled(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_mxfp4_compiles_once_and_generates(device: str, tmp_path: Path) -> None:
-    mxfp4_checkpoint(tmp_path)
+    mxfp4_checkpoint(tmp_path, num_hidden_layers=1)
     model = load(tmp_path, device)
     assert_compiles_once(model, device)
     assert_generates(model, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch import nn
 
 import compile_moe.integrations.transformers as integration
 from compile_moe.integrations.experts_module import projections
-from tests.support.quantized import VARIANTS
+from tests.support.devices import on_each_device
+from tests.support.quantized import ONE_A_SCALING, VARIANTS
 from tests.support.quantized_models import (
     MXFP4,
     assert_as_float_experts,
@@ -27,6 +29,7 @@ from tests.support.quantized_models import (
     prompt,
     record_schemes,
 )
+from tests.support.tiny_models import one_layer
 
 transformers = pytest.importorskip("transformers")
 integration.register()
@@ -43,8 +46,18 @@ def schemes_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return record_schemes(monkeypatch)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
-@pytest.mark.parametrize("variant", VARIANTS)
+IN_PLACE = ("qwen3_moe", "gpt_oss", "nemotron_h")
+
+
+# Every scheme in one family, and in the others those that scale tokens otherwise or have zero points.
+@on_each_device(
+    "variant,family",
+    itertools.product(VARIANTS, IN_PLACE),
+    on_cpu=[
+        *itertools.product(VARIANTS, ["qwen3_moe"]),
+        *itertools.product([*ONE_A_SCALING, "int4_w4a16-group_size16-zp", MXFP4], IN_PLACE[1:]),
+    ],
+)
 def test_quantized_in_place(family: str, variant: str, device: str, schemes_run: list[str]) -> None:
     scheme = VARIANTS[variant]
     model, ids = make_model(family).to(device), prompt(device)
@@ -120,7 +133,7 @@ def test_copies_and_pickles() -> None:
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("family", ["gpt_oss", "nemotron_h"])
 def test_quantized_in_place_compiles_once_and_generates(family: str, device: str) -> None:
-    model = make_model(family).to(device)
+    model = make_model(family, **one_layer(family)).to(device)
     integration.quantize_experts(model, "int4_w4a16", group_size=16)
     assert_compiles_once(model, device)
     assert_generates(model, device)

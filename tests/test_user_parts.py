@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from compile_moe import (
     TorchExperts,
     TritonExperts,
 )
+from tests.support.devices import on_each_device
 from tests.support.oracle import CASES, Layer, assert_as_accurate, make_layer
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -169,24 +171,30 @@ def test_every_combination(case: str, parts: str, experts: str, device: str, poi
     assert_as_accurate(call(FusedMoEModularKernel(PARTS[parts](), EXPERTS[experts]()), layer), layer, FACTOR)
 
 
-@pytest.mark.parametrize("experts", EXPERTS)
-@pytest.mark.parametrize("parts", PARTS)
-@pytest.mark.parametrize("case", ["M0", "topk1-on-input", "skipped-mapped"])
+#: Each part once or more, users' and ours in both places.
+DIAGONAL = (
+    ("index-add", "user-experts"),
+    ("dispatching", "triton"),
+    ("no-ep", "user-experts"),
+    ("overwriting", "torch"),
+)
+
+
+@on_each_device(
+    "case,parts,experts",
+    itertools.product(["M0", "topk1-on-input", "skipped-mapped"], PARTS, EXPERTS),
+    on_cpu=[
+        *itertools.product(["skipped-mapped"], PARTS, EXPERTS),
+        *((case, *pair) for case in ("M0", "topk1-on-input") for pair in DIAGONAL),
+    ],
+)
 def test_every_combination_compiled(case: str, parts: str, experts: str, device: str) -> None:
     layer = make_layer(**CASES[case], device=device)
     kernel = FusedMoEModularKernel(PARTS[parts](), EXPERTS[experts]())
     assert_as_accurate(call(kernel, layer, "aot_eager"), layer, FACTOR)
 
 
-@pytest.mark.parametrize(
-    ("parts", "experts"),
-    [
-        ("index-add", "user-experts"),
-        ("dispatching", "triton"),
-        ("no-ep", "user-experts"),
-        ("overwriting", "torch"),
-    ],
-)
+@pytest.mark.parametrize(("parts", "experts"), DIAGONAL)
 def test_through_inductor(parts: str, experts: str, device: str) -> None:
     layer = make_layer(E=3, skipped=True, mapped=True, dtype=torch.bfloat16, device=device)
     kernel = FusedMoEModularKernel(PARTS[parts](), EXPERTS[experts]())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from unittest import mock
 
 import torch
 
+from compile_moe.cli import rank_timing, timing
 from compile_moe.cli.bench_ranks import DISPATCHES, BenchRanksOptions, measure_ranks
 from compile_moe.cli.bench_ranks_results import as_json, table
 from compile_moe.cli.rank_timing import Ranks
@@ -19,7 +21,9 @@ def measure_on_ranks(rank: int, num_ranks: int, seed: int) -> None:
     """Two sizes, with favourite experts; the same numbers on every rank."""
     experts = experts_of_sizes(hidden_size=K, intermediate_size=16, num_experts=8, topk=TOPK)
     options = BenchRanksOptions(tokens=TOKENS, skew=1.0, seed=seed % 1000, compiled=False)
-    results = measure_ranks("tiny", experts, options, Ranks(rank, num_ranks, torch.device("cpu")))
+    repetitions = mock.patch.object(rank_timing, "_REPETITIONS", 3)
+    with repetitions, mock.patch.object(timing, "_SECONDS", 0.0):
+        results = measure_ranks("tiny", experts, options, Ranks(rank, num_ranks, torch.device("cpu")))
     assert [(m.tokens, m.dispatch_by) for m in results.measurements] == [
         (tokens, dispatch) for tokens in TOKENS for dispatch in DISPATCHES
     ]

@@ -59,6 +59,10 @@ def _variants() -> dict[str, Variant]:
 
 
 VARIANTS = _variants()
+#: One for each way to scale tokens, and with weights alone quantized: what differs around the GEMMs.
+ONE_A_SCALING = tuple(
+    {getattr(v.made.token_scaling, "per", ""): name for name, v in reversed(VARIANTS.items())}.values()
+)
 
 
 @dataclass

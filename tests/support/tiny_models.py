@@ -62,6 +62,13 @@ COMMON = {
 }
 
 
+def one_layer(family: str) -> dict[str, Any]:
+    """Options of :func:`tiny_model` for a single layer with experts."""
+    if family == "nemotron_h":
+        return {"layers_block_type": ["full_attention", "moe"]}
+    return {"num_hidden_layers": 1} | ({"first_k_dense_replace": 0} if family == "deepseek_v3" else {})
+
+
 def tiny_model(family: str, experts: str = integration.NAME, **options: Any) -> Any:
     """A randomly initialised model of a family, its configuration changed by ``options``."""
     import transformers
