@@ -17,7 +17,14 @@ from compile_moe.ops import batch_tokens
 from compile_moe.ops.sort_tokens import sort_tokens_torch
 from tests.support.batched import EXPERTS, PoisonedParts, batched_kernel, kept, options_of, poisoning
 from tests.support.oracle import CASES, make_layer
-from tests.support.quantized import VARIANTS, Quantized, Variant, assert_as_accurate, make_quantized
+from tests.support.quantized import (
+    ONE_A_SCALING,
+    VARIANTS,
+    Quantized,
+    Variant,
+    assert_as_accurate,
+    make_quantized,
+)
 from tests.support.quantized_calls import CALLABLES, STATIC
 from tests.support.quantized_inputs import opcheck
 
@@ -64,8 +71,11 @@ def test_static_scales(static: str, case: str, experts: str) -> None:
     check(kernel_of(q, 7, experts, PoisonedParts), q, 7)
 
 
-@pytest.mark.parametrize("experts", EXPERTS)
-@pytest.mark.parametrize("variant", VARIANTS)
+#: Every scheme, and those whose GEMMs are one op for each way to scale tokens.
+COMPILED = [*((v, "triton") for v in VARIANTS), *((v, "torch") for v in ONE_A_SCALING)]
+
+
+@pytest.mark.parametrize(("variant", "experts"), COMPILED)
 def test_compiled_once_for_all_token_counts(variant: str, experts: str) -> None:
     first = make_quantized(VARIANTS[variant], M=9, biased=True)
     kernel = kernel_of(first, 6, experts, PoisonedParts)
@@ -103,8 +113,7 @@ def test_overridden_activation(variant: str, experts: str) -> None:
     check(kernel_of(q, 7, Own, PoisonedParts), q, 7)
 
 
-@pytest.mark.parametrize("experts", EXPERTS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "experts"), COMPILED)
 def test_autocast(variant: str, experts: str) -> None:
     q = make_quantized(VARIANTS[variant], biased=True, M=17)
     kernel = kernel_of(q, 9, experts)
