@@ -86,12 +86,15 @@ def assert_results(stdout: str, num_tokens: int, num_prompt: int) -> None:
 
 
 @pytest.mark.slow
-def test_demo(tmp_path: Path) -> None:
-    """As a user runs it."""
-    done = run("demo", "--device", "cpu", "--max-new-tokens", "4", cwd=tmp_path)
+def test_demo(checkpoint: Path, tmp_path: Path) -> None:
+    """As a user runs it, through inductor."""
+    options = ("--device", "cpu", "--max-new-tokens", "6", "--experts", "batched_mm")
+    prompt = "a router sends tokens tokens away"
+    done = run("demo", "--model", str(checkpoint), "--prompt", prompt, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert_results(done.stdout, num_tokens=4, num_prompt=len(DemoOptions.prompt))
-    assert "small Qwen3-MoE, random weights, seed 0" in done.stdout
+    assert_results(done.stdout, num_tokens=6, num_prompt=6)
+    assert "tiny[red] (0.0 M parameters, float32)" in done.stdout
+    assert "experts 'batched_mm'" in done.stdout
     assert "Kernels of one Qwen3MoeSparseMoeBlock for one token" in done.stdout
     assert re.search(r"Compiling the prefill: \d+\.\d s", done.stderr)
 
@@ -108,14 +111,12 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_demo_with_a_checkpoint(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_without_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     without_inductor(monkeypatch)
-    options = ("--device", "cpu", "--max-new-tokens", "6", "--experts", "batched_mm")
-    result = invoke("demo", "--model", checkpoint, "--prompt", "a router sends tokens tokens away", *options)
+    result = invoke("demo", "--device", "cpu", "--max-new-tokens", "4")
     assert result.exit_code == 0, result.output
-    assert_results(result.stdout, num_tokens=6, num_prompt=6)
-    assert "tiny[red] (0.0 M parameters, float32)" in result.stdout
-    assert "experts 'batched_mm'" in result.stdout
+    assert_results(result.stdout, num_tokens=4, num_prompt=len(DemoOptions.prompt))
+    assert "small Qwen3-MoE, random weights, seed 0" in result.stdout
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("demo", "--help")])

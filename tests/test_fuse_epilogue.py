@@ -154,8 +154,8 @@ def assert_all_exact(activations: Several) -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_pointwise_functions(dynamic: bool) -> None:
-    # Dynamic sizes change nothing in the epilogue's text: a third of the functions.
-    names = sorted(pointwise.ALL)[:: 3 if dynamic else 1]
+    # Dynamic sizes change nothing in the epilogue's text: a tenth of the functions.
+    names = sorted(pointwise.ALL)[:: 10 if dynamic else 1]
     assert_all_fused({name: pointwise.ALL[name] for name in names}, dynamic)
 
 
@@ -180,13 +180,13 @@ def random_activations(drawn: list[tuple[str, Any]]) -> Several:
     }
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=5)
 @hypothesis.given(drawn=ACTIVATIONS)
 def test_random_expressions(drawn: list[tuple[str, Any]]) -> None:
     assert_all_fused(random_activations(drawn))
 
 
-@hypothesis.settings(max_examples=5)
+@hypothesis.settings(max_examples=4)
 @hypothesis.given(drawn=ACTIVATIONS)
 def test_numerics_of_random_expressions(drawn: list[tuple[str, Any]]) -> None:
     assert_all_exact(random_activations(drawn))

@@ -108,8 +108,10 @@ def assert_same_router(router: Router, *inputs: Any, tolerance: float = 1e-6) ->
     return dict(call.kwargs)
 
 
-@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16], ids=["bias-fp32", "bias-bf16"])
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize(
+    ("seed", "bias_dtype"),
+    [*((seed, torch.float32) for seed in range(40)), *((seed, torch.bfloat16) for seed in range(0, 40, 4))],
+)
 def test_random_routers(seed: int, bias_dtype: torch.dtype) -> None:
     options = random_options(seed)
     for shift in (0.0, -0.8, 0.8):

@@ -216,7 +216,9 @@ def test_kernels_on_a_gpu(family: str, dtype: torch.dtype) -> None:
         weights, ids = route(x, bias)
         return weights, *sort_tokens(ids, E)
 
-    for function, op in ((route, "route_tokens"), (route_and_sort, "route_and_sort_tokens")):
+    functions = ((route, "route_tokens"), (route_and_sort, "route_and_sort_tokens"))
+    # Sorting looks at no dtype.
+    for function, op in functions if dtype is torch.bfloat16 else functions[:1]:
         kernels = kernels_on_a_gpu(function, make_arguments, shape_padding=False)
         assert len(kernels.triton_kernels) == KERNELS[family][dtype is torch.bfloat16], kernels.triton_kernels
         assert kernels.op_calls == [op]

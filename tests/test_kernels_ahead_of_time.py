@@ -66,6 +66,8 @@ def compile_launch(launch: Launch, capability: int, spills: int = 0) -> Compiled
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gemms(shape: str, precision: str, capability: int) -> None:
     e, topk, k, i = SHAPES[shape]
+    if shape == "multiples of 8" and capability not in (90, 120):
+        pytest.skip("with the largest budget of shared memory and with the smallest")
     if precision != "bf16" and (
         shape in ("gpt-oss-120b", "multiples of 8") or (shape == "qwen3-30b" and capability != 90)
     ):

@@ -50,8 +50,9 @@ def kernels_of_finalize(function: Callable[..., Any], topk: int, dynamic: bool, 
     return generated.triton_kernels
 
 
+# The sum over a token's experts is written out: one summand, two, and many.
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("topk", [1, 2, 4, 6, 8, 10, 16])
+@pytest.mark.parametrize("topk", [1, 2, 8, 16])
 def test_finalize_residual_and_norm_are_one_kernel(topk: int, dynamic: bool) -> None:
     kernels = kernels_of_finalize(finalize_block, topk, dynamic)
     assert len(kernels) == 1, kernels
@@ -99,9 +100,7 @@ def test_slots_of_other_ranks_are_not_loaded(mapped: bool) -> None:
     assert all((("tmp" in mask) is mapped) for mask in masks), masks
 
 
-@pytest.mark.parametrize(
-    ("topk", "dynamic"), [*((topk, True) for topk in (1, 2, 4, 6, 8, 10, 16)), (1, False), (16, False)]
-)
+@pytest.mark.parametrize(("topk", "dynamic"), [(1, True), (8, True), (16, True), (16, False)])
 @pytest.mark.parametrize("per", QUANTIZED)
 def test_finalize_and_quantization(per: str, topk: int, dynamic: bool) -> None:
     def function(*arguments: Tensor) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -218,7 +219,7 @@ def test_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 WRITER = """
-import sys, torch
+import sys, time, torch
 from pathlib import Path
 from tests.support.tuned_device import tuned_device
 from tests.test_tuned_tiles import GATHER, SHAPE, TILE, store
@@ -226,7 +227,7 @@ first, folder = int(sys.argv[1]), Path(sys.argv[2])
 with tuned_device(folder):
     (folder / f"ready{first}").touch()
     while len(list(folder.glob("ready*"))) < 2:
-        pass
+        time.sleep(0.001)
     for slots in range(first, first + 80, 2):
         store(folder, torch.device("cpu"), SHAPE, {GATHER: {slots: TILE}})
 """
@@ -245,6 +246,8 @@ def test_processes_that_store_at_the_same_time_lose_nothing(folder: Path) -> Non
     while any(writer.poll() is None for writer in writers):
         if path.exists():  # never half a file
             tile_file.parse(path.read_text(), NAME, SHAPE, device_limits(None))
+        else:
+            time.sleep(0.01)
     assert [writer.returncode for writer in writers] == [0, 0]
     tuned = tile_file.parse(path.read_text(), NAME, SHAPE, device_limits(None))
     assert tuned == {GATHER: dict.fromkeys(range(1, 81), TILE)}
