@@ -29,8 +29,8 @@ CHOICES = {
 @pytest.mark.parametrize(
     "experts",
     [
-        Experts(Shape(4, 64, 32), topk=2),
-        Experts(Shape(4, 64, 32), topk=2, layout="interleaved", transposed=True, biased=True),
+        Experts(Shape(2, 64, 32), topk=2),
+        Experts(Shape(2, 64, 32), topk=2, layout="interleaved", transposed=True, biased=True),
         Experts(Shape(3, 40, 33), topk=1, layout="ungated"),
     ],
     ids=lambda experts: experts.layout,
