@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
+from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -114,13 +116,17 @@ def compile_ahead(
         if specialize and aligned:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
-    compiled = triton.compile(
-        source(
-            kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constexprs.items()}, attributes
-        ),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages, **options},
-    )
+    with _up_to_ptx():
+        compiled = triton.compile(
+            source(
+                kernel,
+                signature,
+                {(kernel.arg_names.index(k),): v for k, v in constexprs.items()},
+                attributes,
+            ),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": num_warps, "num_stages": num_stages, **options},
+        )
     ptx = compiled.asm["ptx"]
     return CompiledKernel(
         capability,
@@ -130,6 +136,14 @@ def compile_ahead(
         has_tcgen05="tcgen05.mma" in ptx,
         ptx=ptx,
     )
+
+
+@contextlib.contextmanager
+def _up_to_ptx() -> Iterator[None]:
+    """Triton doesn't assemble, which :func:`_resources` does; so its results have a cache of their own."""
+    with triton.knobs.cache.scope(), mock.patch.object(CUDABackend, "make_cubin", lambda *arguments: b""):
+        triton.knobs.cache.dir = str(Path(triton.knobs.cache.dir, "compile_moe_tests_without_cubins"))
+        yield
 
 
 def _type_name(value: Tensor | TensorDescriptor | int | float | str) -> str:
