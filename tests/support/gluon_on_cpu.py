@@ -1,0 +1,325 @@
+"""Gluon functions computed by torch on a CPU, one program after another: Triton's interpreter has none of Gluon.
+
+What it shows: numbers, indices and loops. Layouts, which thread holds what, and when copies arrive are left out: a copy
+to shared memory is there at once. Integers have 64 bits. Loads and stores outside a tensor's memory fail.
+"""
+
+from __future__ import annotations
+
+import builtins
+import operator
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton.language as tl
+
+DTYPES = {
+    tl.bfloat16: torch.bfloat16,
+    tl.float16: torch.float16,
+    tl.float32: torch.float32,
+    tl.int32: torch.int64,
+    tl.int64: torch.int64,
+    tl.uint8: torch.uint8,
+}
+TRITON_DTYPES = {torch_dtype: dtype for dtype, torch_dtype in DTYPES.items() if dtype is not tl.int32}
+
+
+class _Anything:
+    """A layout, which means nothing here."""
+
+    def __getattr__(self, name: str) -> _Anything:
+        return self
+
+    def __call__(self, *args: Any, **options: Any) -> _Anything:
+        return self
+
+
+ANYTHING = _Anything()
+
+
+class Value:
+    """A tensor or a number of a program."""
+
+    type = ANYTHING
+
+    def __init__(self, data: Any) -> None:
+        self.data = data if isinstance(data, torch.Tensor) else torch.tensor(data)
+        if self.data.dtype is torch.int32:
+            self.data = self.data.long()
+
+    @property
+    def dtype(self) -> Any:
+        return TRITON_DTYPES.get(self.data.dtype, tl.int1)
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self.data.shape)
+
+    def to(self, dtype: Any, bitcast: bool = False) -> Value:
+        if bitcast:
+            bits = self.data & 0xFFFFFFFF
+            return Value((bits - (bits >= 2**31).long() * 2**32).to(torch.int32).view(DTYPES[dtype]))
+        return Value(self.data.to(DTYPES[dtype]))
+
+    def __bool__(self) -> bool:
+        return bool(self.data)
+
+    def __index__(self) -> int:
+        return int(self.data)
+
+    def __neg__(self) -> Value:
+        return Value(-self.data)
+
+
+def _data(value: Any) -> Any:
+    return value.data if isinstance(value, Value) else value
+
+
+def _quotient(a: Any, b: Any) -> Any:
+    return torch.div(torch.as_tensor(a), b, rounding_mode="trunc").to(torch.int64)
+
+
+def _remainder(a: Any, b: Any) -> Any:
+    return torch.fmod(torch.as_tensor(a), torch.as_tensor(b))
+
+
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    **{
+        n: getattr(operator, f"__{n}__")
+        for n in ("mul", "sub", "and", "or", "xor", "rshift", "lshift", "truediv")
+    },
+    **{n: getattr(operator, f"__{n}__") for n in ("lt", "le", "gt", "ge", "eq", "ne")},
+    "floordiv": _quotient,
+    "mod": _remainder,
+}
+
+
+def _install(name: str, compute: Callable[[Any, Any], Any]) -> None:
+    def forward(self: Value, other: Any) -> Value:
+        return Value(compute(_narrow_first(self.data), _narrow_first(_data(other))))
+
+    def backward(self: Value, other: Any) -> Value:
+        return Value(compute(_narrow_first(_data(other)), _narrow_first(self.data)))
+
+    setattr(Value, f"__{name}__", forward)
+    setattr(Value, f"__r{name}__", backward)
+
+
+def _narrow_first(data: Any) -> Any:
+    """Bytes are computed with as integers."""
+    return data.long() if isinstance(data, torch.Tensor) and data.dtype is torch.uint8 else data
+
+
+for _name, _compute in _OPERATORS.items():
+    _install(_name, _compute)
+
+
+def _add(self: Value, other: Any) -> Any:
+    if isinstance(other, Pointer):
+        return other + self
+    return Value(_narrow_first(self.data) + _narrow_first(_data(other)))
+
+
+Value.__add__ = Value.__radd__ = _add  # type: ignore[attr-defined]
+Value.__hash__ = None  # type: ignore[assignment]
+
+
+class Pointer:
+    """Elements of a tensor's memory."""
+
+    def __init__(self, memory: torch.Tensor, offsets: Any = 0) -> None:
+        self.memory, self.offsets = memory, torch.as_tensor(offsets)
+        self.dtype = types.SimpleNamespace(element_ty=TRITON_DTYPES.get(memory.dtype, tl.int32))
+        self.type = ANYTHING
+
+    @classmethod
+    def to_tensor(cls, tensor: torch.Tensor) -> Pointer:
+        size = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return cls(tensor.as_strided((size,), (1,), 0), tensor.storage_offset())
+
+    def __add__(self, other: Any) -> Pointer:
+        return Pointer(self.memory, self.offsets + _data(other))
+
+    __radd__ = __add__
+
+    def places(self, mask: torch.Tensor) -> torch.Tensor:
+        inside = (self.offsets >= 0) & (self.offsets < self.memory.numel())
+        assert bool((inside | ~mask).all()), "outside the tensor's memory"
+        return torch.where(mask, self.offsets, 0)
+
+
+class SharedMemory:
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data = data
+        self.shape = list(data.shape)
+        self.dtype = TRITON_DTYPES[data.dtype]
+
+    def index(self, i: Any) -> SharedMemory:
+        return SharedMemory(self.data[int(i)])
+
+    def load(self, layout: Any) -> Value:
+        return Value(self.data.clone())
+
+    def store(self, value: Value) -> None:
+        self.data.copy_(value.data)
+
+
+def load(pointer: Pointer, mask: Any = None, other: Any = 0, **options: Any) -> Value:
+    offsets, where = torch.broadcast_tensors(
+        pointer.offsets, torch.as_tensor(True if mask is None else _data(mask))
+    )
+    values = pointer.memory[Pointer(pointer.memory, offsets).places(where)]
+    return Value(torch.where(where, values, torch.as_tensor(_data(other)).to(values.dtype)))
+
+
+def store(pointer: Pointer, value: Any, mask: Any = None) -> None:
+    where = torch.as_tensor(True if mask is None else _data(mask))
+    offsets, where, data = torch.broadcast_tensors(pointer.offsets, where, torch.as_tensor(_data(value)))
+    places = Pointer(pointer.memory, offsets).places(where)
+    pointer.memory[places[where]] = data[where].to(pointer.memory.dtype)
+
+
+def copy_rows(smem: SharedMemory, pointers: Pointer, mask: Any = None) -> None:
+    smem.store(Value(load(pointers, mask).data.expand(smem.data.shape)))
+
+
+def view(smem: SharedMemory, shape: Sequence[int], layout: Any, dtype: Any = None) -> SharedMemory:
+    return SharedMemory(smem.data.view(*map(int, shape)))
+
+
+def mma_v2(a: Value, b: Value, acc: Value) -> Value:
+    return Value(acc.data + (a.data.double() @ b.data.double()).float())
+
+
+def _reduce(values: Any, axis: int, combine: Any) -> Any:
+    # Sums, of a tuple of tensors.
+    return tuple(Value(value.data.sum(axis)) for value in values)
+
+
+def _allocate(dtype: Any, shape: Sequence[int], layout: Any) -> SharedMemory:
+    memory = torch.empty(*map(int, shape), dtype=DTYPES[dtype])
+    return SharedMemory(memory.fill_(torch.nan if memory.is_floating_point() else 0xA5))
+
+
+def _expand_dims(value: Any, axis: int) -> Any:
+    if isinstance(value, Pointer):
+        return Pointer(value.memory, value.offsets.unsqueeze(axis))
+    return Value(value.data.unsqueeze(axis))
+
+
+def _split(value: Value) -> tuple[Value, Value]:
+    return Value(value.data[..., 0]), Value(value.data[..., 1])
+
+
+def _binary(compute: Callable[..., Any]) -> Callable[..., Value]:
+    def call(a: Any, b: Any, **options: Any) -> Value:
+        return Value(compute(*map(torch.as_tensor, (_data(a), _data(b)))))
+
+    return call
+
+
+class Program:
+    """The language, as one program sees it."""
+
+    def __init__(self) -> None:
+        self.pid, self.programs = 0, 1
+
+    def language(self) -> types.SimpleNamespace:
+        def zeros(shape: Sequence[int], dtype: Any, layout: Any = None) -> Value:
+            return Value(torch.zeros(*map(int, shape), dtype=DTYPES[dtype]))
+
+        return types.SimpleNamespace(
+            **{
+                name: getattr(tl, name)
+                for name in ("bfloat16", "float16", "float32", "int32", "int64", "uint8")
+            },
+            **{
+                name: ANYTHING
+                for name in ("BlockedLayout", "SliceLayout", "SwizzledSharedLayout", "DotOperandLayout")
+            },
+            PropagateNan=tl.PropagateNan,
+            constexpr=lambda value: value,
+            static_assert=lambda condition, *message: None,
+            static_range=builtins.range,
+            program_id=lambda axis: Value(self.pid),
+            num_programs=lambda axis: Value(self.programs),
+            arange=lambda first, end, layout=None: Value(torch.arange(first, end)),
+            cdiv=lambda a, b: (a + (b - 1)) // b,
+            zeros=zeros,
+            zeros_like=lambda value: Value(torch.zeros_like(value.data)),
+            expand_dims=_expand_dims,
+            where=lambda c, a, b: Value(torch.where(*map(torch.as_tensor, map(_data, (c, a, b))))),
+            minimum=_binary(torch.minimum),
+            maximum=_binary(torch.maximum),
+            sigmoid=lambda value: Value(torch.sigmoid(value.data)),
+            cumsum=lambda value, axis: Value(value.data.cumsum(axis)),
+            reduce=_reduce,
+            reshape=lambda value, shape: Value(value.data.reshape(*map(int, shape))),
+            permute=lambda value, order: Value(value.data.permute(*order)),
+            split=_split,
+            convert_layout=lambda value, layout, assert_trivial=False: value,
+            allocate_shared_memory=_allocate,
+            load=load,
+            store=store,
+        )
+
+
+def on_cpu(function: Any, program: Program, replaced: dict[str, Any]) -> Callable[..., Any]:
+    """A decorated or plain kernel function, and all that it calls, as Python that computes at once.
+
+    Args:
+        replaced: by name, what stands for functions that no CPU runs.
+    """
+    language = program.language()
+    found: dict[int, Any] = {}
+
+    def convert(name: str, value: Any) -> Any:
+        if name in replaced:
+            return replaced[name]
+        if name in ("gl", "tl"):
+            return language
+        if isinstance(value, tl.constexpr):
+            return value.value
+        if type(value).__name__ == "ConstexprFunction":
+            return ANYTHING
+        if hasattr(value, "fn"):
+            return rebuilt(value.fn)
+        return value
+
+    def rebuilt(plain: Any) -> Any:
+        if id(plain) not in found:
+            namespace: dict[str, Any] = {"__builtins__": builtins}
+            found[id(plain)] = types.FunctionType(
+                plain.__code__, namespace, plain.__name__, plain.__defaults__
+            )
+            for name in plain.__code__.co_names:
+                if name in plain.__globals__:
+                    namespace[name] = convert(name, plain.__globals__[name])
+        return found[id(plain)]
+
+    return rebuilt(getattr(function, "fn", function))  # type: ignore[no-any-return]
+
+
+class KernelOnCpu:
+    """A kernel that is launched as Triton's are, and adds its name and constants to ``launched`` then."""
+
+    def __init__(
+        self, kernel: Any, replaced: dict[str, Any], launched: list[tuple[str, dict[str, Any]]]
+    ) -> None:
+        self.program, self.launched = Program(), launched
+        self.name: str = kernel.__name__
+        self.names = kernel.__code__.co_varnames[: kernel.__code__.co_argcount]
+        self.function = on_cpu(kernel, self.program, replaced)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(*args: Any, **options: Any) -> None:
+            given = [Pointer.to_tensor(a) if isinstance(a, torch.Tensor) else Value(a) for a in args]
+            constants = {name: options[name] for name in self.names[len(args) :]}
+            self.launched.append((self.name, constants))
+            self.program.programs = grid[0]
+            for self.program.pid in range(grid[0]):
+                self.function(*given, **constants)
+
+        return run

@@ -1,0 +1,83 @@
+"""The kernels of few rows an expert, whose language has no interpreter, computed by torch: numbers, indices, bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from compile_moe.ops.kernels.quantized.few_rows.launches import TILES
+from tests.support.few_rows_on_cpu import few_rows_on_cpu, kernels_launched
+from tests.support.launchers import launch
+from tests.support.quantized import make_quantized
+from tests.support.quantized_gemms import GEMMS, Gemms
+from tests.support.quantized_inputs import op
+from tests.test_few_rows import VARIANTS, name
+
+#: Experts' rows on average: 1, with narrow tiles in GEMM 1 and in GEMM 2; 4, 10, 30. Depths that end in a step, or are
+#: less than one; columns that end in a tile.
+SIZES: dict[str, dict[str, Any]] = {
+    "narrow GEMM 1": {"M": 1, "K": 2592, "I": 144, "E": 8},
+    "narrow GEMM 2": {"M": 2, "K": 96, "I": 2624, "E": 8},
+    "8 rows": {"M": 15, "K": 544, "I": 96, "E": 8, "routing": "empty"},
+    "16 rows": {"M": 20, "K": 96, "I": 1312, "E": 4, "skipped": True},
+    "32 rows": {"M": 60, "K": 288, "I": 160, "E": 4},
+}
+
+
+@pytest.fixture(autouse=True)
+def on_cpu() -> Iterator[None]:
+    with few_rows_on_cpu():
+        yield
+
+
+def assert_right(variant: str, dtype: torch.dtype = torch.bfloat16, **layer: Any) -> None:
+    """Both GEMMs, by these kernels."""
+    gemms = Gemms(make_quantized(VARIANTS[variant], topk=2, dtype=dtype, **layer))
+    for stage in GEMMS:
+        kernels_launched.clear()
+        gemms.check(stage, launch(op(stage), *gemms.inputs[stage]))
+        assert [kernel for kernel, _ in kernels_launched] == [name(stage)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gemms(variant: str, size: str) -> None:
+    activation = {"8 rows": "swigluoai", "16 rows": "relu2_no_mul"}.get(size, "silu")
+    assert_right(variant, **SIZES[size], biased=True, activation=activation)
+
+
+def test_every_tile_was_among_them() -> None:
+    tiles = set()
+    for layer in SIZES.values():
+        gemms = Gemms(make_quantized(VARIANTS["int4_w4a16"], topk=2, dtype=torch.bfloat16, **layer))
+        for stage in GEMMS:
+            kernels_launched.clear()
+            launch(op(stage), *gemms.inputs[stage])
+            tiles |= {(constants["BLOCK_M"], constants["WARPS"]) for _, constants in kernels_launched}
+    assert tiles == {(tile.block_m, tile.num_warps) for tile in TILES}
+
+
+@pytest.mark.parametrize("variant", ["int4, zero points", "int8_w8a16"])
+def test_float16(variant: str) -> None:
+    assert_right(variant, torch.float16, M=9, K=160, I=96, E=4)
+
+
+@pytest.mark.parametrize("variant", ["mxfp4_w4a16", "int8, zero points"])
+def test_all_on_one_expert(variant: str) -> None:
+    assert_right(variant, M=40, K=256, I=128, E=4, routing="one")
+
+
+@pytest.mark.parametrize(
+    "offsets", [[0, 90, 3, -5, 7], [7, 6, 5, 4, 3], [-(2**31), 2**31 - 1, 2, 99, -1]], ids=str
+)
+def test_offsets_that_make_no_sense_lead_nowhere(offsets: list[int]) -> None:
+    """Loads and stores outside a tensor fail here."""
+    gemms = Gemms(make_quantized(VARIANTS["int4_w4a16"], M=6, K=96, I=96, E=4, topk=2, dtype=torch.bfloat16))
+    for stage in GEMMS:
+        arguments = list(gemms.inputs[stage])
+        arguments[6] = torch.tensor(offsets, dtype=torch.int32)
+        arguments[5] = torch.tensor([5, -1, 99, 2**31 - 1, -(2**31), 0, 3, 4, 1, 7, 9, 2], dtype=torch.int32)
+        launch(op(stage), *arguments)
