@@ -77,6 +77,12 @@ def _data(value: Any) -> Any:
     return value.data if isinstance(value, Value) else value
 
 
+def _operand(value: Any) -> Any:
+    """What is computed with: of bytes, integers."""
+    data = _data(value)
+    return data.long() if isinstance(data, torch.Tensor) and data.dtype is torch.uint8 else data
+
+
 def _quotient(a: Any, b: Any) -> Any:
     return torch.div(torch.as_tensor(a), b, rounding_mode="trunc").to(torch.int64)
 
@@ -85,45 +91,25 @@ def _remainder(a: Any, b: Any) -> Any:
     return torch.fmod(torch.as_tensor(a), torch.as_tensor(b))
 
 
-_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
-    **{
-        n: getattr(operator, f"__{n}__")
-        for n in ("mul", "sub", "and", "or", "xor", "rshift", "lshift", "truediv")
-    },
-    **{n: getattr(operator, f"__{n}__") for n in ("lt", "le", "gt", "ge", "eq", "ne")},
-    "floordiv": _quotient,
-    "mod": _remainder,
-}
-
-
 def _install(name: str, compute: Callable[[Any, Any], Any]) -> None:
-    def forward(self: Value, other: Any) -> Value:
-        return Value(compute(_narrow_first(self.data), _narrow_first(_data(other))))
+    def forward(self: Value, other: Any) -> Any:
+        if isinstance(other, Pointer):
+            return NotImplemented
+        return Value(compute(_operand(self), _operand(other)))
 
     def backward(self: Value, other: Any) -> Value:
-        return Value(compute(_narrow_first(_data(other)), _narrow_first(self.data)))
+        return Value(compute(_operand(other), _operand(self)))
 
     setattr(Value, f"__{name}__", forward)
     setattr(Value, f"__r{name}__", backward)
 
 
-def _narrow_first(data: Any) -> Any:
-    """Bytes are computed with as integers."""
-    return data.long() if isinstance(data, torch.Tensor) and data.dtype is torch.uint8 else data
-
-
-for _name, _compute in _OPERATORS.items():
-    _install(_name, _compute)
-
-
-def _add(self: Value, other: Any) -> Any:
-    if isinstance(other, Pointer):
-        return other + self
-    return Value(_narrow_first(self.data) + _narrow_first(_data(other)))
-
-
-Value.__add__ = Value.__radd__ = _add  # type: ignore[attr-defined]
-Value.__hash__ = None  # type: ignore[assignment]
+for _name in ("add", "sub", "mul", "truediv", "and", "or", "xor", "lshift", "rshift"):
+    _install(_name, getattr(operator, f"__{_name}__"))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    _install(_name, getattr(operator, _name))
+_install("floordiv", _quotient)
+_install("mod", _remainder)
 
 
 class Pointer:
@@ -135,7 +121,7 @@ class Pointer:
         self.type = ANYTHING
 
     @classmethod
-    def to_tensor(cls, tensor: torch.Tensor) -> Pointer:
+    def of(cls, tensor: torch.Tensor) -> Pointer:
         size = tensor.untyped_storage().nbytes() // tensor.element_size()
         return cls(tensor.as_strided((size,), (1,), 0), tensor.storage_offset())
 
@@ -315,7 +301,7 @@ class KernelOnCpu:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def run(*args: Any, **options: Any) -> None:
-            given = [Pointer.to_tensor(a) if isinstance(a, torch.Tensor) else Value(a) for a in args]
+            given = [Pointer.of(a) if isinstance(a, torch.Tensor) else Value(a) for a in args]
             constants = {name: options[name] for name in self.names[len(args) :]}
             self.launched.append((self.name, constants))
             self.program.programs = grid[0]
