@@ -21,9 +21,17 @@ from tests.test_few_rows import VARIANTS, name
 SIZES: dict[str, dict[str, Any]] = {
     "narrow GEMM 1": {"M": 1, "K": 2592, "I": 144, "E": 8},
     "narrow GEMM 2": {"M": 2, "K": 96, "I": 2624, "E": 8},
-    "8 rows": {"M": 15, "K": 544, "I": 96, "E": 8, "routing": "empty"},
-    "16 rows": {"M": 20, "K": 96, "I": 1312, "E": 4, "skipped": True},
+    "8 rows": {"M": 15, "K": 544, "I": 96, "E": 8, "routing": "empty", "activation": "swigluoai"},
+    "16 rows": {"M": 20, "K": 96, "I": 1312, "E": 4, "skipped": True, "activation": "relu2_no_mul"},
     "32 rows": {"M": 60, "K": 288, "I": 160, "E": 4},
+}
+#: Of both GEMMs: every tile is among them.
+TILES_OF = {
+    "narrow GEMM 1": (TILES[0], TILES[1]),
+    "narrow GEMM 2": (TILES[1], TILES[0]),
+    "8 rows": (TILES[1], TILES[1]),
+    "16 rows": (TILES[2], TILES[2]),
+    "32 rows": (TILES[3], TILES[3]),
 }
 
 
@@ -33,31 +41,21 @@ def on_cpu() -> Iterator[None]:
         yield
 
 
-def assert_right(variant: str, dtype: torch.dtype = torch.bfloat16, **layer: Any) -> None:
-    """Both GEMMs, by these kernels."""
+def assert_right(variant: str, dtype: torch.dtype = torch.bfloat16, **layer: Any) -> list[tuple[int, int]]:
+    """Both GEMMs, by these kernels: rows and warps of their tiles."""
     gemms = Gemms(make_quantized(VARIANTS[variant], topk=2, dtype=dtype, **layer))
+    kernels_launched.clear()
     for stage in GEMMS:
-        kernels_launched.clear()
         gemms.check(stage, launch(op(stage), *gemms.inputs[stage]))
-        assert [kernel for kernel, _ in kernels_launched] == [name(stage)]
+    assert [kernel for kernel, _ in kernels_launched] == list(map(name, GEMMS))
+    return [(constants["BLOCK_M"], constants["WARPS"]) for _, constants in kernels_launched]
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gemms(variant: str, size: str) -> None:
-    activation = {"8 rows": "swigluoai", "16 rows": "relu2_no_mul"}.get(size, "silu")
-    assert_right(variant, **SIZES[size], biased=True, activation=activation)
-
-
-def test_every_tile_was_among_them() -> None:
-    tiles = set()
-    for layer in SIZES.values():
-        gemms = Gemms(make_quantized(VARIANTS["int4_w4a16"], topk=2, dtype=torch.bfloat16, **layer))
-        for stage in GEMMS:
-            kernels_launched.clear()
-            launch(op(stage), *gemms.inputs[stage])
-            tiles |= {(constants["BLOCK_M"], constants["WARPS"]) for _, constants in kernels_launched}
-    assert tiles == {(tile.block_m, tile.num_warps) for tile in TILES}
+    tiles = assert_right(variant, **SIZES[size], biased=True)
+    assert tiles == [(tile.block_m, tile.num_warps) for tile in TILES_OF[size]]
 
 
 @pytest.mark.parametrize("variant", ["int4, zero points", "int8_w8a16"])

@@ -101,7 +101,7 @@ def _scales(magnitudes: Any, largest: float) -> Any:
 
 
 def _quotient_by_scale(x: Any, scale: Any, like: Any) -> Any:
-    """``quotient`` by a computed scale of tokens, in a third of the instructions where many x share it."""
+    """``quotient`` by a computed scale of tokens, of which those that share it take one reciprocal."""
     if like.get_device().type != "cuda" or torch.version.hip is not None:
         return quotient(x, scale, like)
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-from compile_moe.ops.kernels import launch, remembered_calls, tiles
+from compile_moe.ops.kernels import launch, remembered_calls, tuned_tiles
 from compile_moe.ops.kernels.quantized import tiles as quantized_tiles
 from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED_FROM
 
@@ -62,7 +62,7 @@ def warp_specialized_wherever_possible() -> Iterator[None]:
     """The choice of tiles takes them from the fewest rows with which they can run; nothing is remembered."""
     remembered_calls.forget()
     with ExitStack() as patches:
-        for module in (tiles, quantized_tiles):
+        for module in (tuned_tiles, quantized_tiles):
             patches.enter_context(
                 mock.patch.object(module, "WARP_SPECIALIZED_PAYS_FROM", WARP_SPECIALIZED_FROM)
             )

@@ -86,7 +86,7 @@ def _store_row(
         scale = tl.load(given_ptr + row * stride_g, mask=row < end_row)
         tl.store(scales_ptr + row, scale, mask=(tl.program_id(1) == 0) & (row < end_row))
     # Given scales are any numbers.
-    y = quantized(x, scale, quantized_ptr.dtype.element_ty, LARGEST, GIVEN == "maxima")
+    y = quantized(x, scale, quantized_ptr.dtype.element_ty, LARGEST, BY_RECIPROCAL=GIVEN == "maxima")
     tl.store(quantized_ptr + row * num_columns + column, y, mask=(column < num_columns) & (row < end_row))
 
 

@@ -58,13 +58,13 @@ def _quantize_row(
     tl.store(scales_ptr + row * num_shares + share, scale, mask=share < num_shares)
     scale = scale[:, None]
     if HELD:
-        tl.store(quantized_ptr + column, quantized(x, scale, dtype, LARGEST, True), mask=mask)
+        tl.store(quantized_ptr + column, quantized(x, scale, dtype, LARGEST, BY_RECIPROCAL=True), mask=mask)
     else:
         for first in range(0, width, BLOCK):
             here = column + first
             mask = (lane + first < width) & (here < num_columns)
             x = tl.load(x_ptr + here.to(tl.int64) * stride_xk, mask=mask, other=0.0)
-            tl.store(quantized_ptr + here, quantized(x, scale, dtype, LARGEST, True), mask=mask)
+            tl.store(quantized_ptr + here, quantized(x, scale, dtype, LARGEST, BY_RECIPROCAL=True), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

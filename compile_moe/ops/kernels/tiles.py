@@ -198,13 +198,15 @@ def shared_memory(tile: Tile, itemsize: int, num_accumulators: int) -> int:
     return tile.num_stages * tile.block_k * (tile.block_m + num_accumulators * tile.block_n) * itemsize
 
 
-def choose_tile(candidates: tuple[Tile, ...], num_slots: int, num_experts: int) -> Tile:
+def choose_tile(
+    candidates: tuple[Tile, ...], num_slots: int, num_experts: int, warp_specialized_from: int
+) -> Tile:
     """The row tile for the average expert's rows, as ``_ROW_TILES`` says (the largest candidate if that is smaller);
-    for many rows the warp-specialized one, where it is a candidate.
+    from so many rows on the warp-specialized one, where it is a candidate.
     """
     average = num_slots / min(num_experts, max(num_slots, 1))
     if WARP_SPECIALIZED in candidates:
-        if num_slots >= WARP_SPECIALIZED_PAYS_FROM * num_experts:
+        if num_slots >= warp_specialized_from * num_experts:
             return WARP_SPECIALIZED
         candidates = tuple(tile for tile in candidates if not tile.warp_specialized)
     return next((tile for tile in candidates if average <= _ROW_TILES.get(tile.block_m, 0)), candidates[-1])

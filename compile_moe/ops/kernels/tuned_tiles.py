@@ -16,6 +16,7 @@ from compile_moe.ops.kernels.tile_space import why_not
 from compile_moe.ops.kernels.tiles import (
     WARP_SPECIALIZED,
     WARP_SPECIALIZED_FROM,
+    WARP_SPECIALIZED_PAYS_FROM,
     Tile,
     choose_tile,
     device_limits,
@@ -66,7 +67,8 @@ def heuristic_choice(problem: GemmProblem, num_slots: int, device_index: int | N
     )
     if not why_not(WARP_SPECIALIZED, problem, limits):
         candidates += (WARP_SPECIALIZED,)
-    return TileChoice(choose_tile(candidates, num_slots, problem.num_experts), candidates)
+    tile = choose_tile(candidates, num_slots, problem.num_experts, WARP_SPECIALIZED_PAYS_FROM)
+    return TileChoice(tile, candidates)
 
 
 def plan_of(

@@ -31,14 +31,12 @@ def tile_choice(
     for_few_rows = few_rows.serve(weight_format, x, w, w_scale, limits)
     candidates = tile_candidates(*sizes, weight_format, for_few_rows, gated, limits)
     if limits.warp_specialized and may_be_warp_specialized(weight_format, w) and has_boxes(x, w, out):
-        candidates = tuple(tile for tile in candidates if tile.block_m <= 64)
-        many = out.size(0) >= WARP_SPECIALIZED_PAYS_FROM * w.size(0)
-        tile = WARP_SPECIALIZED if many else choose_tile(candidates, out.size(0), w.size(0))
-        return TileChoice(tile, (*candidates, WARP_SPECIALIZED))
+        candidates = (*(tile for tile in candidates if tile.block_m <= 64), WARP_SPECIALIZED)
     few = None
     if for_few_rows:
         few = few_rows.choose(candidates, out.size(0), w.size(0), out.size(1), w.size(2))
-    return TileChoice(few or choose_tile(candidates, out.size(0), w.size(0)), candidates)
+    tile = few or choose_tile(candidates, out.size(0), w.size(0), WARP_SPECIALIZED_PAYS_FROM)
+    return TileChoice(tile, candidates)
 
 
 def may_be_warp_specialized(weight_format: WeightFormat, w: Tensor) -> bool:
