@@ -154,13 +154,9 @@ def test_all_on_one_expert(variant: str) -> None:
     assert_right(Gemms(make_quantized(VARIANTS[variant], **layer, dtype=torch.bfloat16)))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tokens", [8, 48])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_number(variant: str, tokens: int, dtype: torch.dtype) -> None:
+def assert_every_number(variant: Variant, tokens: int, dtype: torch.dtype, kernel: str) -> None:
     """Tokens with a single 1 bring out what each weight is multiplied by: it, rounded once."""
-    scheme = VARIANTS[variant].made
+    scheme = variant.made
     if scheme.powers_of_two and dtype is torch.float16:
         pytest.skip("bfloat16 only, which has the range of the scales")
     e, n, k = 2, 128, 512
@@ -173,7 +169,7 @@ def test_every_number(variant: str, tokens: int, dtype: torch.dtype) -> None:
     else:
         scale = torch.randn(shape).mul(2.0 ** torch.randint(-12, 3, shape)).to(dtype)
     zero_point = None
-    if VARIANTS[variant].zero_points:
+    if variant.zero_points:
         assert zeros is not None
         zero_point = torch.randint(0, 256, zeros, dtype=torch.uint8)
     stored = QuantizedWeights(weight, scale, zero_point)
@@ -188,9 +184,17 @@ def test_every_number(variant: str, tokens: int, dtype: torch.dtype) -> None:
     result, kernels = run(
         GEMMS[0], (x, None, weight, scale, zero_point, slots, offsets, 1, scheme.text, dtype, None, "")
     )
-    assert kernels == [name(GEMMS[0])]
+    assert kernel in kernels
     expected = torch.cat([exact[0][:, columns[:half]].t(), exact[1][:, columns[half:]].t()])
     assert torch.equal(result.cpu(), expected.to(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [8, 48])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_number(variant: str, tokens: int, dtype: torch.dtype) -> None:
+    assert_every_number(VARIANTS[variant], tokens, dtype, name(GEMMS[0]))
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ import compile_moe
 from compile_moe.ops import quantized_gather_gemm, quantized_scatter_gemm
 from compile_moe.ops.kernels.launch import loading_everything
 from compile_moe.ops.kernels.quantized import tiles
-from compile_moe.ops.kernels.quantized.tiles import WARP_SPECIALIZED_PAYS_FROM, tile_choice
+from compile_moe.ops.kernels.quantized.tiles import pays_from, tile_choice
 from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, DeviceLimits
 from compile_moe.ops.kernels.warp_specialized import row_tiles
 from compile_moe.ops.quantized_format import weight_format
@@ -82,7 +82,7 @@ def test_tiles_of_64_rows_up_to_there(hopper: None, variant: Variant) -> None:
         x, out = torch.empty(64, 256, dtype=w.dtype), torch.empty(slots, 128, dtype=torch.bfloat16)
         return tile_choice(x, w, scale, out, weight_format(variant.made.text), False)
 
-    enough = WARP_SPECIALIZED_PAYS_FROM * 4
+    enough = pays_from(weight_format(variant.made.text)) * 4
     assert [chosen(slots).tile.block_m for slots in (16, 4 * 24, 4 * 25, enough - 1)] == [16, 32, 64, 64]
     assert chosen(enough).tile == WARP_SPECIALIZED
     assert chosen(16).candidates == chosen(enough).candidates
@@ -92,7 +92,7 @@ def test_tiles_of_64_rows_up_to_there(hopper: None, variant: Variant) -> None:
 def test_launches(hopper: None, variant: Variant) -> None:
     """A list of row tiles, then the GEMM, from enough rows on; other numbers of tokens load nothing."""
     shape = {"K": 128, "I": 64, "E": 4, "topk": 2, "dtype": torch.bfloat16}
-    enough = WARP_SPECIALIZED_PAYS_FROM * 4 // 2
+    enough = pays_from(weight_format(variant.made.text)) * 4 // 2
     q, other, few = (make_quantized(variant, M=m, **shape) for m in (enough, enough + 88, enough - 1))
     other.q1, other.q2 = few.q1, few.q2 = q.q1, q.q2
     with simulated_gpu() as gpu:

@@ -62,10 +62,11 @@ def warp_specialized_wherever_possible() -> Iterator[None]:
     """The choice of tiles takes them from the fewest rows with which they can run; nothing is remembered."""
     remembered_calls.forget()
     with ExitStack() as patches:
-        for module in (tuned_tiles, quantized_tiles):
-            patches.enter_context(
-                mock.patch.object(module, "WARP_SPECIALIZED_PAYS_FROM", WARP_SPECIALIZED_FROM)
-            )
+        for module, name in (
+            (tuned_tiles, "WARP_SPECIALIZED_PAYS_FROM"),
+            (quantized_tiles, "BLOCKS_PAY_FROM"),
+        ):
+            patches.enter_context(mock.patch.object(module, name, WARP_SPECIALIZED_FROM))
         patches.enter_context(mock.patch.object(remembered_calls, "_MOST_BYTES", 0))
         for cache in ("_ready", "_loaded"):
             patches.enter_context(mock.patch.object(launch, cache, {}))

@@ -239,7 +239,7 @@ def gather_gemm(
         layout,
         zero_skipped,
         dot_precision(out.dtype),
-        row_tiles.scratch_if_needed(sorted_slots, w1),
+        row_tiles.scratch_if_needed(sorted_slots, w1.size(0), w1.element_size() == 2),
     )
 
 

@@ -183,7 +183,7 @@ def scatter_gemm(
         bias,
         zero_skipped,
         dot_precision(out.dtype),
-        row_tiles.scratch_if_needed(sorted_slots, w2),
+        row_tiles.scratch_if_needed(sorted_slots, w2.size(0), w2.element_size() == 2),
     )
 
 

@@ -23,7 +23,7 @@ from compile_moe.ops.kernels.quantized.tiles import block_rows, may_be_warp_spec
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
 from compile_moe.ops.kernels.tiles import Tile, grouped_order, locate_tile, max_row_tiles
 from compile_moe.ops.kernels.tuned_tiles import plan_of
-from compile_moe.ops.kernels.warp_specialized import float8_gather_gemm, row_tiles
+from compile_moe.ops.kernels.warp_specialized import decoding_gemms, float8_gather_gemm, row_tiles
 from compile_moe.ops.kernels.warp_specialized import zero_skipped as zero_skipped_rows
 
 DO_NOT_SPECIALIZE = ("num_slots", "num_row_tiles")
@@ -240,7 +240,7 @@ def quantized_gather_gemm(
         layout,
         zero_skipped,
         dot_precision(hidden_states.dtype),
-        row_tiles.scratch_if_needed(sorted_slots, w1) if may_be_warp_specialized(weight_format, w1) else None,
+        row_tiles.scratch_if_needed(sorted_slots, w1.size(0), may_be_warp_specialized(weight_format, w1)),
     )
 
 
@@ -249,15 +249,34 @@ def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
     *arguments, tiles = arguments  # type: ignore[assignment]
     if not tile.warp_specialized:
         return (launch_for(tile, *arguments),)
-    out, x, x_scale, w1, w1_scale, _, slots, offsets, topk, weights, bias, body, layout, zero_skipped, _ = (
-        arguments
-    )
+    (
+        out,
+        x,
+        x_scale,
+        w1,
+        w1_scale,
+        w1_zp,
+        slots,
+        offsets,
+        topk,
+        weights,
+        bias,
+        body,
+        layout,
+        zero_skipped,
+        _,
+    ) = arguments
     if tiles is None:
         tiles = row_tiles.scratch(slots, w1.size(0))
-    inputs = (x, x_scale, w1, w1_scale, slots, offsets, topk)
-    launches: tuple[Launch, ...] = float8_gather_gemm.launches_for(
-        tiles, out, *inputs, bias, body, layout, block_rows(weights)
-    )
+    launches: tuple[Launch, ...]
+    if weights.scales_sums:
+        inputs = (x, x_scale, w1, w1_scale, slots, offsets, topk)
+        launches = float8_gather_gemm.launches_for(
+            tiles, out, *inputs, bias, body, layout, block_rows(weights)
+        )
+    else:
+        inputs = (x, w1, w1_scale, w1_zp, slots, offsets, topk)
+        launches = decoding_gemms.gather_launches_for(tiles, out, *inputs, weights, bias, body, layout)
     if zero_skipped:
         launches = (*launches, zero_skipped_rows.launch_for(out, slots, offsets, w1.size(0), False))
     return launches

@@ -32,6 +32,11 @@ def scale_strides(x_scale: Tensor, w_scale: Tensor) -> tuple[int, ...]:
     return *_weight_scale_strides(w_scale), *_token_scale_strides(x_scale)
 
 
+def group_strides(w_scale: Tensor, w_zp: Tensor | None) -> tuple[int, ...]:
+    """Of the weights' scales and zero points, by experts, rows and groups."""
+    return *_weight_scale_strides(w_scale), *_weight_scale_strides(w_zp)
+
+
 def _token_scale_strides(scale: Tensor | None) -> tuple[int, int]:
     """Of scales (rows, groups); (1,) is one scale for all."""
     if scale is None or scale.dim() == 1:

@@ -22,7 +22,7 @@ from compile_moe.ops.kernels.quantized.tiles import block_rows, may_be_warp_spec
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
 from compile_moe.ops.kernels.tiles import Tile, grouped_order, locate_tile, max_row_tiles
 from compile_moe.ops.kernels.tuned_tiles import plan_of
-from compile_moe.ops.kernels.warp_specialized import float8_scatter_gemm, row_tiles
+from compile_moe.ops.kernels.warp_specialized import decoding_gemms, float8_scatter_gemm, row_tiles
 from compile_moe.ops.kernels.warp_specialized import zero_skipped as zero_skipped_rows
 
 DO_NOT_SPECIALIZE = ("num_slots", "num_row_tiles")
@@ -201,7 +201,7 @@ def quantized_scatter_gemm(
         bias,
         zero_skipped,
         dot_precision(intermediate.dtype),
-        row_tiles.scratch_if_needed(sorted_slots, w2) if may_be_warp_specialized(weight_format, w2) else None,
+        row_tiles.scratch_if_needed(sorted_slots, w2.size(0), may_be_warp_specialized(weight_format, w2)),
     )
 
 
@@ -210,12 +210,18 @@ def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
     *arguments, tiles = arguments  # type: ignore[assignment]
     if not tile.warp_specialized:
         return (launch_for(tile, *arguments),)
-    out, x, x_scale, w2, w2_scale, _, slots, offsets, weight_format, bias, zero_skipped, _ = arguments
+    out, x, x_scale, w2, w2_scale, w2_zp, slots, offsets, weights, bias, zero_skipped, _ = arguments
     if tiles is None:
         tiles = row_tiles.scratch(slots, w2.size(0))
-    launches: tuple[Launch, ...] = float8_scatter_gemm.launches_for(
-        tiles, out, x, x_scale, w2, w2_scale, slots, offsets, bias, block_rows(weight_format)
-    )
+    launches: tuple[Launch, ...]
+    if weights.scales_sums:
+        launches = float8_scatter_gemm.launches_for(
+            tiles, out, x, x_scale, w2, w2_scale, slots, offsets, bias, block_rows(weights)
+        )
+    else:
+        launches = decoding_gemms.scatter_launches_for(
+            tiles, out, x, w2, w2_scale, w2_zp, slots, offsets, weights, bias
+        )
     if zero_skipped:
         launches = (*launches, zero_skipped_rows.launch_for(out, slots, offsets, w2.size(0), True))
     return launches

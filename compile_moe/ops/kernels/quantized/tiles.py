@@ -12,14 +12,23 @@ from compile_moe.ops.kernels.gemm_problem import has_boxes
 from compile_moe.ops.kernels.quantized.few_rows import launches as few_rows
 from compile_moe.ops.kernels.quantized.operands import steps_of
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
-from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, DeviceLimits, Tile, choose_tile, device_limits
+from compile_moe.ops.kernels.tiles import (
+    WARP_SPECIALIZED,
+    WARP_SPECIALIZED_FROM,
+    DeviceLimits,
+    Tile,
+    choose_tile,
+    device_limits,
+)
 from compile_moe.ops.kernels.tuned_tiles import TileChoice
+from compile_moe.ops.kernels.warp_specialized import decoding_gemms
 from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES
 
 _ROW_TILES = (16, 32, 64, 128)
-#: Rows of an average expert from which the warp-specialized kernels are taken: at 128, both GEMMs took 0.74 and 0.87 of
-#: their time with tiles of 64 rows, 1.0 and 1.14 with 128 (H200, Qwen3-30B shape and Mixtral, scales of rows).
-WARP_SPECIALIZED_PAYS_FROM = 256
+#: Rows of an average expert from which the warp-specialized kernels are taken, of blocks of float8: at 64, both GEMMs
+#: took 1.10 of their time with tiles of 64 rows, at 128 0.88. Of other schemes they are taken wherever they can run: at
+#: 64 rows they took 0.85 to 0.98, at 256 0.47 to 0.76 (H200, Qwen3-30B shape and Mixtral).
+BLOCKS_PAY_FROM = 128
 
 
 def tile_choice(
@@ -30,17 +39,30 @@ def tile_choice(
     sizes = x.element_size(), w.element_size(), x.size(1), out.size(1)
     for_few_rows = few_rows.serve(weight_format, x, w, w_scale, limits)
     candidates = tile_candidates(*sizes, weight_format, for_few_rows, gated, limits)
-    if limits.warp_specialized and may_be_warp_specialized(weight_format, w) and has_boxes(x, w, out):
+    if limits.warp_specialized and (
+        has_boxes(x, w, out) and may_be_warp_specialized(weight_format, w)
+        if weight_format.scales_sums
+        else decoding_gemms.serve(weight_format, x, w, w_scale, out)
+    ):
         candidates = (*(tile for tile in candidates if tile.block_m <= 64), WARP_SPECIALIZED)
     few = None
     if for_few_rows:
         few = few_rows.choose(candidates, out.size(0), w.size(0), out.size(1), w.size(2))
-    tile = few or choose_tile(candidates, out.size(0), w.size(0), WARP_SPECIALIZED_PAYS_FROM)
+    tile = few or choose_tile(candidates, out.size(0), w.size(0), pays_from(weight_format))
     return TileChoice(tile, candidates)
 
 
+def pays_from(weight_format: WeightFormat) -> int:
+    """Rows of an average expert from which the warp-specialized kernels are taken."""
+    return BLOCKS_PAY_FROM if weight_format.scales_sums and weight_format.group else WARP_SPECIALIZED_FROM
+
+
 def may_be_warp_specialized(weight_format: WeightFormat, w: Tensor) -> bool:
-    """Whether there are warp-specialized kernels of a scheme: 8-bit floating point, scales of whole rows or a step."""
+    """Whether there are warp-specialized kernels of a scheme: 8-bit floating point, scales of whole rows or a step; or
+    weights that are decoded, as far as the scheme goes.
+    """
+    if weight_format.decode_16_bits is not None:
+        return True
     is_step = weight_format.group in (0, STEP_BYTES.value)
     return weight_format.scales_sums and is_step and w.dtype is torch.float8_e4m3fn
 

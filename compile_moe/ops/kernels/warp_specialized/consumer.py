@@ -29,6 +29,8 @@ def consume_tile(
     num_k,
     bias_ptr,
     stride_bn,
+    row_scales,
+    expert,
     out_ptr,
     slots_ptr,
     first,
@@ -49,6 +51,7 @@ def consume_tile(
     INTERLEAVED: gl.constexpr,
     GATHER: gl.constexpr,
     TRANSPOSED: gl.constexpr,
+    HAS_ROW_SCALE: gl.constexpr,
 ):
     """One consumer's 64 weight rows times MAIN + TAIL tokens of a tile; then where the next tile is."""
     x_layout: gl.constexpr = x_smem.layout
@@ -80,6 +83,9 @@ def consume_tile(
     # Loads that the last products hide.
     e1, f1, r1, n1 = find_tile(tiles_ptr, next_tile, num_row_tiles, num_n)
     bias = load_bias(bias_ptr, stride_bn, column8, columns8, EPILOGUE, HAS_BIAS, INTERLEAVED)
+    scale = None
+    if HAS_ROW_SCALE:
+        scale = load_row_scale(row_scales, expert, column8, columns8, EPILOGUE, INTERLEAVED)
     s0 = row_slots(slots_ptr, first, rows, num_slots, 64, EPILOGUE)
     if MAIN >= 128:
         s1 = row_slots(slots_ptr, first + 64, rows - 64, num_slots, 64, EPILOGUE)
@@ -103,13 +109,18 @@ def consume_tile(
         a0, a1 = halves(acc, 64, 64)
     else:
         a0 = acc
+    a0 = times_rows(a0, scale)
     store_chunk(a0, bias, result_smem, out_ptr, s0, rows, column8, columns8, EPILOGUE, HAS_BIAS, 64)
     if MAIN >= 128:
+        a1 = times_rows(a1, scale)
         store_chunk(a1, bias, result_smem, out_ptr, s1, rows - 64, column8, columns8, EPILOGUE, HAS_BIAS, 64)
     if MAIN == 256:
+        a2 = times_rows(a2, scale)
+        a3 = times_rows(a3, scale)
         store_chunk(a2, bias, result_smem, out_ptr, s2, rows - 128, column8, columns8, EPILOGUE, HAS_BIAS, 64)
         store_chunk(a3, bias, result_smem, out_ptr, s3, rows - 192, column8, columns8, EPILOGUE, HAS_BIAS, 64)
     if TAIL:
+        tail = times_rows(tail, scale)
         store_chunk(
             tail, bias, result_smem, out_ptr, st, rows - MAIN, column8, columns8, EPILOGUE, HAS_BIAS, 32
         )
@@ -175,6 +186,24 @@ def load_bias(
 
 
 @gluon.jit
+def load_row_scale(row_scales, expert, column8, columns8, EPILOGUE: gl.constexpr, INTERLEAVED: gl.constexpr):
+    """Of a consumer's 64 weight rows, float32."""
+    layout: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+    row, mask = weight_rows(column8, columns8, EPILOGUE, INTERLEAVED, layout)
+    ptr, stride_e, stride_n = row_scales
+    offsets = expert.to(gl.int64) * stride_e + row.to(gl.int64) * stride_n
+    return gl.load(ptr + offsets, mask=mask, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def times_rows(acc, scale):
+    """Sums times the scales of their weight rows, if these have some."""
+    if scale is not None:
+        acc = acc * gl.expand_dims(gl.convert_layout(scale, gl.SliceLayout(1, acc.type.layout)), 1)
+    return acc
+
+
+@gluon.jit
 def consumer(
     w_smem,
     x_smem,
@@ -192,6 +221,7 @@ def consumer(
     columns8,
     stride_be,
     stride_bn,
+    row_scales,  # of weights, and the strides of experts and rows; read where HAS_ROW_SCALE
     WHICH: gl.constexpr,
     STAGES: gl.constexpr,
     EPILOGUE: gl.constexpr,
@@ -199,6 +229,7 @@ def consumer(
     INTERLEAVED: gl.constexpr,
     GATHER: gl.constexpr,
     TRANSPOSED: gl.constexpr,
+    HAS_ROW_SCALE: gl.constexpr,
 ):
     """Every tile of this program: columns 64 (of gate and up together, where gated) for each consumer."""
     num_row_tiles = gl.load(tiles_ptr)
@@ -218,7 +249,8 @@ def consumer(
                 # 64, 128 or 256 tokens, without and with a tail.
                 stage, phase, e1, f1, r1, n1 = consume_tile(
                     w_smem, x_smem, tail_smem, result_smem, full, empty, stage, phase, num_k,
-                    biases, stride_bn, out_ptr, slots_ptr, first, rows, num_slots, column8, columns8,
-                    tiles_ptr, tile + step, num_row_tiles, num_n,
+                    biases, stride_bn, row_scales, expert, out_ptr, slots_ptr, first, rows, num_slots,
+                    column8, columns8, tiles_ptr, tile + step, num_row_tiles, num_n,
                     WHICH, 64 << (i // 2), i % 2 == 1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, GATHER, TRANSPOSED,
+                    HAS_ROW_SCALE,
                 )  # fmt: skip

@@ -20,12 +20,16 @@ def step(t: Tensor) -> int:
 
 
 @functools.cache
-def _layout(itemsize: int, rank: int) -> Any:
-    return gl.NVMMASharedLayout(128, 8 * itemsize, rank)
+def _layout(itemsize: int, rank: int, step_bytes: int = STEP_BYTES.value) -> Any:
+    return gl.NVMMASharedLayout(step_bytes, 8 * itemsize, rank)
 
 
-def gated_weights(w1: Tensor, layout: str) -> TensorDescriptor:
-    """w1 (E, 2I, K) as (E, I / 8, gate or up, 8, K): 8 rows of the gate, then the 8 of up that belong to them."""
+def gated_weights(w1: Tensor, layout: str, step_bytes: int = STEP_BYTES.value) -> TensorDescriptor:
+    """w1 (E, 2I, K) as (E, I / 8, gate or up, 8, K): 8 rows of the gate, then the 8 of up that belong to them.
+
+    Args:
+        step_bytes: of each row, at a time.
+    """
     e, n, k = w1.shape
     stride_e, stride_n, _ = w1.stride()
     half = n // 2
@@ -33,15 +37,17 @@ def gated_weights(w1: Tensor, layout: str) -> TensorDescriptor:
         strides = [stride_e, 16 * stride_n, stride_n, 2 * stride_n, 1]
     else:
         strides = [stride_e, 8 * stride_n, half * stride_n, stride_n, 1]
+    block = [1, 8, 2, 8, step_bytes // w1.element_size()]
     return TensorDescriptor(
-        w1, [e, half // 8, 2, 8, k], strides, [1, 8, 2, 8, step(w1)], _layout(w1.element_size(), 5)
+        w1, [e, half // 8, 2, 8, k], strides, block, _layout(w1.element_size(), 5, step_bytes)
     )
 
 
-def plain_weights(w: Tensor) -> TensorDescriptor:
-    """w (E, rows, depth), 128 rows at a time."""
+def plain_weights(w: Tensor, step_bytes: int = STEP_BYTES.value) -> TensorDescriptor:
+    """w (E, rows, depth), 128 rows and ``step_bytes`` of each at a time."""
+    block = [1, 128, step_bytes // w.element_size()]
     return TensorDescriptor(
-        w, list(w.shape), list(w.stride()), [1, 128, step(w)], _layout(w.element_size(), 3)
+        w, list(w.shape), list(w.stride()), block, _layout(w.element_size(), 3, step_bytes)
     )
 
 

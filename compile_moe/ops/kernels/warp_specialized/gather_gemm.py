@@ -25,7 +25,16 @@ from compile_moe.ops.kernels.warp_specialized.descriptors import (
 from compile_moe.ops.kernels.warp_specialized.producers import producer_gather
 from compile_moe.ops.kernels.warp_specialized.ring import STAGES, allocate
 
-DO_NOT_SPECIALIZE = ("num_slots", "num_n", "num_k", "columns8", "depth16", "row_stride16", "topk")
+DO_NOT_SPECIALIZE = (
+    "num_slots",
+    "num_n",
+    "num_k",
+    "columns8",
+    "depth16",
+    "row_stride16",
+    "topk",
+    "num_groups",
+)
 REGISTERS, PRODUCER_REGISTERS = 208, 88
 
 
@@ -63,16 +72,16 @@ def gather_gemm_kernel(
                 consumer,
                 (
                     w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
-                    num_slots, num_n, num_k, columns8, stride_be, stride_bn,
-                    0, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, TRANSPOSED,
+                    num_slots, num_n, num_k, columns8, stride_be, stride_bn, (),
+                    0, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, TRANSPOSED, False,
                 ),
             ),
             (
                 consumer,
                 (
                     w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
-                    num_slots, num_n, num_k, columns8, stride_be, stride_bn,
-                    1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, TRANSPOSED,
+                    num_slots, num_n, num_k, columns8, stride_be, stride_bn, (),
+                    1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, TRANSPOSED, False,
                 ),
             ),
             (

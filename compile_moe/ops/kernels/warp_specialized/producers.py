@@ -16,6 +16,8 @@ from compile_moe.ops.kernels.warp_specialized.scale_ring import (
     weight_scale_ptrs,
 )
 
+BOX_BYTES = gl.constexpr(32 * STEP_BYTES.value)  # of 32 rows
+
 
 @gluon.jit
 def load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k, EPILOGUE: gl.constexpr, STAGES: gl.constexpr):
@@ -31,6 +33,47 @@ def load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k, EPILOGUE: gl.con
             copy_box(w_desc, [expert, tile_n * 8, 0, 0, k], bar, w)
         else:
             copy_box(w_desc, [expert, tile_n * 128, k], bar, w)
+
+
+@gluon.jit
+def copy_many_rows(
+    x_desc,
+    x256_desc,
+    x_smem,
+    tail_smem,
+    bar,
+    stage,
+    first,
+    rows,
+    k,
+    STAGES: gl.constexpr,
+    MORE_BYTES: gl.constexpr,
+):
+    """Rows of a tile of more than 160, columns k.., into the ring; the barrier also expects MORE_BYTES."""
+    x256 = view(x_smem, [STAGES, 256, x_smem.shape[2]], x_smem.layout)
+    if rows > 256:
+        mbarrier.expect(bar, MORE_BYTES + 9 * BOX_BYTES)
+        copy_box(x_desc, [first + 256, k], bar, tail_smem.index(stage))
+    else:
+        mbarrier.expect(bar, MORE_BYTES + 8 * BOX_BYTES)
+    copy_box(x256_desc, [first, k], bar, x256.index(stage))
+
+
+@gluon.jit
+def copy_few_rows(x_desc, x_smem, tail_smem, bar, stage, first, rows, k, MORE_BYTES: gl.constexpr):
+    """Rows of a tile of up to 160, columns k.., into the ring; the barrier also expects MORE_BYTES."""
+    boxes = (rows + 31) // 32
+    # Every call costs a barrier of the warps, also one whose predicate is false.
+    for i in gl.static_range(5):
+        if boxes == i + 1:
+            mbarrier.expect(bar, MORE_BYTES + (i + 1) * BOX_BYTES)
+            for j in gl.static_range(i + 1):
+                # A tail lies in a buffer of its own, also behind 64 or 128 rows.
+                if j == i and (i == 2 or i == 4):
+                    box = tail_smem.index(stage)
+                else:
+                    box = x_smem.index(8 * stage + j)
+                copy_box(x_desc, [first + 32 * j, k], bar, box)
 
 
 @gluon.jit
@@ -56,8 +99,6 @@ def producer_tma(
     num_tiles = num_row_tiles * num_n
     STEP: gl.constexpr = x_smem.shape[2]
     W_BYTES: gl.constexpr = 128 * STEP_BYTES
-    BOX_BYTES: gl.constexpr = 32 * STEP_BYTES
-    x256 = view(x_smem, [STAGES, 256, STEP], x_smem.layout)
     stage = 0
     phase = 0
     step = gl.num_programs(0)
@@ -65,40 +106,28 @@ def producer_tma(
     for tile in range(gl.program_id(0), num_tiles, step):
         expert, first, rows, tile_n = e1, f1, r1, n1
         e1, f1, r1, n1 = find_tile(tiles_ptr, tile + step, num_row_tiles, num_n)
+        before, has_tail = tail_start(rows)
         if BLOCK_ROWS:
-            before, _ = tail_start(rows)
             ptrs = row_scale_ptrs(scales, first, rows, before)
             w_ptrs = weight_scale_ptrs(scales, expert, tile_n, EPILOGUE, False, BLOCK_ROWS)
         if rows > 160:
-            has_tail = rows > 256
             for k in range(num_k):
                 mbarrier.wait(empty.index(stage), phase ^ 1)
                 bar = full.index(stage)
-                mbarrier.expect(bar, W_BYTES + 9 * BOX_BYTES, pred=has_tail)
-                mbarrier.expect(bar, W_BYTES + 8 * BOX_BYTES, pred=rows <= 256)
+                copy_many_rows(
+                    x_desc, x256_desc, x_smem, tail_smem, bar, stage, first, rows, k * STEP, STAGES, W_BYTES
+                )
                 load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * STEP, EPILOGUE, STAGES)
-                copy_box(x256_desc, [first, k * STEP], bar, x256.index(stage))
-                copy_box(x_desc, [first + 256, k * STEP], bar, tail_smem.index(stage), pred=has_tail)
                 if BLOCK_ROWS:
                     copy_step_scales(scales, stage, k, ptrs, w_ptrs, has_tail)
                     async_copy.mbarrier_arrive(bar, increment_count=False)
                 stage, phase = next_stage(stage, phase, STAGES)
         else:
-            boxes = (rows + 31) // 32
-            # A tail lies in a buffer of its own, also behind 64 or 128 rows.
-            has_tail = (boxes == 3) | (boxes == 5)
-            whole = gl.where(has_tail, boxes - 1, boxes)
             for k in range(num_k):
                 mbarrier.wait(empty.index(stage), phase ^ 1)
                 bar = full.index(stage)
-                for i in gl.static_range(5):
-                    mbarrier.expect(bar, W_BYTES + (i + 1) * BOX_BYTES, pred=boxes == i + 1)
+                copy_few_rows(x_desc, x_smem, tail_smem, bar, stage, first, rows, k * STEP, W_BYTES)
                 load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * STEP, EPILOGUE, STAGES)
-                for i in gl.static_range(4):
-                    copy_box(
-                        x_desc, [first + 32 * i, k * STEP], bar, x_smem.index(8 * stage + i), pred=i < whole
-                    )
-                copy_box(x_desc, [first + 32 * whole, k * STEP], bar, tail_smem.index(stage), pred=has_tail)
                 if BLOCK_ROWS:
                     copy_step_scales(scales, stage, k, ptrs, w_ptrs, has_tail)
                     async_copy.mbarrier_arrive(bar, increment_count=False)
@@ -145,6 +174,39 @@ def gather_box(x, ptrs, depth16, k, EVEN_K: gl.constexpr, layout: gl.constexpr):
         c = gl.arange(0, STEP, layout=gl.SliceLayout(0, layout))
         mask = gl.expand_dims(k * 8 + c // (STEP // 8) < depth16, 0)
         copy_rows(x, ptrs, mask=mask, cache_modifier=".cg")
+
+
+@gluon.jit
+def gather_rows(
+    x_smem,
+    tail_smem,
+    stage,
+    base,
+    o0,
+    o1,
+    o2,
+    o3,
+    ot,
+    rows,
+    depth16,
+    k,
+    STAGES: gl.constexpr,
+    EVEN_K: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """Step k of a tile's rows, which lie at offsets from base, into the ring."""
+    before, has_tail = tail_start(rows)
+    whole = gl.where(has_tail, before, rows)
+    x64 = view(x_smem, [STAGES * 4, 64, x_smem.shape[2]], x_smem.layout)
+    gather_box(x64.index(4 * stage), base + o0, depth16, k, EVEN_K, layout)
+    if whole > 64:
+        gather_box(x64.index(4 * stage + 1), base + o1, depth16, k, EVEN_K, layout)
+    if whole > 128:
+        gather_box(x64.index(4 * stage + 2), base + o2, depth16, k, EVEN_K, layout)
+    if whole > 192:
+        gather_box(x64.index(4 * stage + 3), base + o3, depth16, k, EVEN_K, layout)
+    if has_tail:
+        gather_box(tail_smem.index(stage), base + ot, depth16, k, EVEN_K, layout)
 
 
 @gluon.jit
@@ -201,24 +263,16 @@ def producer_gather(
         # Sums, because Triton doesn't see that ``e1 = e2`` changes from one iteration to the next.
         e1, r1, n1 = e2 + 0, r2 + 0, n2 + 0
         e2, f2, r2, n2 = find_tile(tiles_ptr, tile + 2 * step, num_row_tiles, num_n)
-        before, has_tail = tail_start(rows)
-        whole = gl.where(has_tail, before, rows)
-        x64 = view(x_smem, [STAGES * 4, 64, STEP], x_smem.layout)
+        _, has_tail = tail_start(rows)
         for k in range(num_k):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             bar = full.index(stage)
             mbarrier.expect(bar, 128 * STEP_BYTES)
             load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * STEP, EPILOGUE, STAGES)
-            base = x_ptr + k * STEP
-            gather_box(x64.index(4 * stage), base + o0, depth16, k, EVEN_K, layout)
-            if whole > 64:
-                gather_box(x64.index(4 * stage + 1), base + o1, depth16, k, EVEN_K, layout)
-            if whole > 128:
-                gather_box(x64.index(4 * stage + 2), base + o2, depth16, k, EVEN_K, layout)
-            if whole > 192:
-                gather_box(x64.index(4 * stage + 3), base + o3, depth16, k, EVEN_K, layout)
-            if has_tail:
-                gather_box(tail_smem.index(stage), base + ot, depth16, k, EVEN_K, layout)
+            gather_rows(
+                x_smem, tail_smem, stage, x_ptr + k * STEP, o0, o1, o2, o3, ot, rows, depth16, k,
+                STAGES, EVEN_K, layout,
+            )  # fmt: skip
             if BLOCK_ROWS:
                 copy_step_scales(scales, stage, k, ptrs, w_ptrs, has_tail)
             async_copy.mbarrier_arrive(bar, increment_count=False)

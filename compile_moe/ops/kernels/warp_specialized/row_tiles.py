@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -84,12 +83,11 @@ def scratch(sorted_slots: Tensor, num_experts: int) -> Tensor:
     return sorted_slots.new_empty(FIELDS * (max_row_tiles(sorted_slots.size(0), num_experts) + 1))
 
 
-def scratch_if_needed(sorted_slots: Tensor, w: Tensor) -> Tensor | None:
-    """Memory for the list where the kernels may be chosen for weights w (E, rows, depth)."""
-    many = sorted_slots.size(0) >= WARP_SPECIALIZED_FROM * w.size(0)
-    has_kernels = w.element_size() == 2 or w.dtype is torch.float8_e4m3fn
+def scratch_if_needed(sorted_slots: Tensor, num_experts: int, has_kernels: bool) -> Tensor | None:
+    """Memory for the list where the kernels may be chosen, if there are such for the weights."""
+    many = sorted_slots.size(0) >= WARP_SPECIALIZED_FROM * num_experts
     if many and has_kernels and device_limits(sorted_slots.device.index).warp_specialized:
-        return scratch(sorted_slots, w.size(0))
+        return scratch(sorted_slots, num_experts)
     return None
 
 
