@@ -1,4 +1,4 @@
-"""A Triton driver without a GPU: kernels compile for sm_90 and "load", launches are recorded instead of run.
+"""A Triton driver without a GPU: kernels compile for sm_90, as far as TTGIR, and "load"; launches are recorded.
 
 Shows what launchers do around the kernels: which variants compile and when, and that other token counts, or a graph
 capture, find theirs loaded.
@@ -10,12 +10,15 @@ import contextlib
 import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
@@ -98,6 +101,7 @@ def simulated_gpu() -> Iterator[SimulatedGPU]:
         patches.enter_context(
             mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing)
         )
+        patches.enter_context(_up_to_ttgir())
         _forget_kernels(modules)
         remembered_calls.forget()
         driver.set_active(_Driver(gpu))
@@ -108,6 +112,28 @@ def simulated_gpu() -> Iterator[SimulatedGPU]:
             _forget_kernels(modules)
             _unload()
             driver._active = before
+
+
+@contextlib.contextmanager
+def _up_to_ttgir() -> Iterator[None]:
+    """What follows takes most of the time, and nothing runs it here; the tests ahead of time have it.
+
+    The results have a cache of their own.
+    """
+    shipped = CUDABackend.add_stages
+
+    def add_stages(backend: CUDABackend, stages: dict[str, Any], *others: Any) -> None:
+        shipped(backend, stages, *others)
+        del stages["llir"], stages["ptx"]
+        stages["cubin"] = without_code
+
+    def without_code(module: Any, metadata: dict[str, Any]) -> bytes:
+        metadata.update(name=module.get_entry_func_name(), shared=0, tmem_size=0)
+        return b""
+
+    with triton.knobs.cache.scope(), mock.patch.object(CUDABackend, "add_stages", add_stages):
+        triton.knobs.cache.dir = str(Path(triton.knobs.cache.dir, "compile_moe_tests_up_to_ttgir"))
+        yield
 
 
 def _unload() -> None:
