@@ -23,6 +23,9 @@ from tests.support.aot import SHARED_MEMORY_BUDGET, CompiledKernel, compile_ahea
 from tests.support.quantized import Variant
 from tests.support.quantized_gemms import DEFAULTS
 
+#: Those with one scale have the code of those with scales of rows.
+OTHER_CODE = [variant for variant in DEFAULTS if not variant.startswith("fp8_w8a8_tensor")]
+
 QWEN3_30B = (128, 8, 2048, 768)
 ODD = (7, 2, 75, 51)
 
@@ -51,9 +54,9 @@ def compiled(
     dtype: torch.dtype,
     shape: tuple[int, ...] = QWEN3_30B,
     act: str = "silu",
-    with_few_rows: bool = True,
+    which: str = "all",
 ) -> list[tuple[Tile, CompiledKernel]]:
-    """Both kernels with each of their tiles, biased; perhaps without those of few rows."""
+    """Both kernels, biased: with all of their tiles, "few rows" only, those of the "others", or the others' "ends"."""
     e, topk, k, i = shape
     multiple = variant.made.column_multiple
     k, i = -(-k // multiple) * multiple, -(-i // multiple) * multiple
@@ -66,8 +69,11 @@ def compiled(
     def candidates(given: tuple[Any, ...], columns: int, gated: bool) -> tuple[Tile, ...]:
         x, _, w, w_scale, _ = given
         sizes = x.element_size(), w.element_size(), x.size(1), columns
-        for_few_rows = with_few_rows and few_rows.serve(form, x, w, w_scale, limits)
-        return tile_candidates(*sizes, form, for_few_rows, gated, limits)
+        for_few_rows = which in ("all", "few rows") and few_rows.serve(form, x, w, w_scale, limits)
+        tiles = tile_candidates(*sizes, form, for_few_rows, gated, limits)
+        if which == "few rows":
+            return tuple(tile for tile in tiles if isinstance(tile, few_rows.FewRowsTile))
+        return (tiles[0], tiles[-1]) if which == "ends" else tiles
 
     launches: list[tuple[Tile, Launch]] = []
     first, second = operands(variant, 64, e, n, k, dtype), operands(variant, s, e, k, i, dtype)
@@ -108,7 +114,7 @@ def assert_copies_16_bytes(result: CompiledKernel) -> None:
     assert copies and set(copies) == {"0x10"}
 
 
-@pytest.mark.parametrize("variant", DEFAULTS)
+@pytest.mark.parametrize("variant", OTHER_CODE)
 def test_on_hopper(variant: str) -> None:
     results = compiled(DEFAULTS[variant], 90, torch.bfloat16)
     assert_no_spills(results)
@@ -148,7 +154,7 @@ def test_other_dtypes(variant: str, dtype: torch.dtype) -> None:
 
 def test_groups_of_8_bits() -> None:
     variant = Variant("int8_w8a16", (("group_size", 64),), zero_points=True)
-    assert_no_spills(compiled(variant, 90, torch.bfloat16, with_few_rows=False), 16)
+    assert_no_spills(compiled(variant, 90, torch.bfloat16, which="others"), 16)
 
 
 @pytest.mark.parametrize(
@@ -160,19 +166,15 @@ def test_groups_of_8_bits() -> None:
     ids=["wide groups", "masked"],
 )
 def test_few_rows(variant: Variant, shape: tuple[int, ...], activation: str, dtype: torch.dtype) -> None:
-    results = compiled(variant, 90, dtype, shape, activation)
-    own = [(tile, result) for tile, result in results if isinstance(tile, few_rows.FewRowsTile)]
-    assert_no_spills(own, 32)
-    for _, result in own:
+    results = compiled(variant, 90, dtype, shape, activation, "few rows")
+    assert len(results) == 2 * len(few_rows.TILES)
+    assert_no_spills(results, 32)
+    for _, result in results:
         assert_copies_16_bytes(result)
-
-
-#: Those with one scale have the code of those with scales of rows.
-OTHER_CODE = [variant for variant in DEFAULTS if not variant.startswith("fp8_w8a8_tensor")]
 
 
 @pytest.mark.parametrize(
     ("variant", "activation"), zip(OTHER_CODE, itertools.cycle(["swigluoai", "relu2_no_mul"]))
 )
 def test_odd_sizes(variant: str, activation: str) -> None:
-    compiled(DEFAULTS[variant], 90, torch.bfloat16, ODD, activation, with_few_rows=False)
+    compiled(DEFAULTS[variant], 90, torch.bfloat16, ODD, activation, "ends")
