@@ -51,8 +51,7 @@ def kernels_of_finalize(function: Callable[..., Any], topk: int, dynamic: bool, 
 
 
 # The sum over a token's experts is written out: one summand, two, and many.
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("topk", [1, 2, 8, 16])
+@pytest.mark.parametrize(("topk", "dynamic"), [(1, False), (2, True), (8, False), (8, True), (16, True)])
 def test_finalize_residual_and_norm_are_one_kernel(topk: int, dynamic: bool) -> None:
     kernels = kernels_of_finalize(finalize_block, topk, dynamic)
     assert len(kernels) == 1, kernels
@@ -100,8 +99,10 @@ def test_slots_of_other_ranks_are_not_loaded(mapped: bool) -> None:
     assert all((("tmp" in mask) is mapped) for mask in masks), masks
 
 
-@pytest.mark.parametrize(("topk", "dynamic"), [(1, True), (8, True), (16, True), (16, False)])
-@pytest.mark.parametrize("per", QUANTIZED)
+@pytest.mark.parametrize(
+    ("per", "topk", "dynamic"),
+    [*((per, 8, True) for per in QUANTIZED), ("tensor", 16, False), ("token", 1, True), ("group", 16, True)],
+)
 def test_finalize_and_quantization(per: str, topk: int, dynamic: bool) -> None:
     def function(*arguments: Tensor) -> tuple[Tensor, ...]:
         h, y = finalize_block(*arguments)
@@ -166,12 +167,12 @@ def test_finalize_numerics(case: str, dtype: torch.dtype) -> None:
     fused_out, weights, ids, expert_map, num_experts, _ = stage_inputs(layer)["weight_and_reduce"]
     valid = local_experts(ids, num_experts, expert_map) < num_experts
     poisoned = torch.where(valid[..., None], fused_out, torch.nan)
-    for apply_weights in (True, False):
-        eager = weight_and_reduce(fused_out, weights, ids, expert_map, num_experts, apply_weights)
-        compiled = torch.compile(
-            lambda f, w, apply=apply_weights: weight_and_reduce(f, w, ids, expert_map, num_experts, apply) * 2
-        )(poisoned, weights)
-        torch.testing.assert_close(compiled, eager * 2)
+
+    def doubled(fused_out: Tensor, weights: Tensor) -> list[Tensor]:
+        options = ids, expert_map, num_experts
+        return [weight_and_reduce(fused_out, weights, *options, apply) * 2 for apply in (True, False)]
+
+    torch.testing.assert_close(torch.compile(doubled)(poisoned, weights), doubled(fused_out, weights))
 
 
 def test_inductor_has_the_whole_vocabulary() -> None:
@@ -179,9 +180,8 @@ def test_inductor_has_the_whole_vocabulary() -> None:
         inductor_function(name)
 
 
-@pytest.mark.parametrize("op", VOCABULARY)
-def test_activation_numerics(op: str) -> None:
-    """Each operation of the vocabulary: compiled against evaluated."""
+def text_with(op: str) -> str:
+    """An activation with an operation of the vocabulary."""
     arity = VOCABULARY[op].arity
     is_bool = op in ("lt", "le", "gt", "ge", "eq", "ne", "logical_and", "logical_or", "logical_not")
     operands = {1: "gate", 2: "gate, up", 3: "t0, gate, 0.25"}[arity]
@@ -190,7 +190,14 @@ def test_activation_numerics(op: str) -> None:
         operands = {1: "t0", 2: "t0, t1"}[arity]
     steps.append(f"t2 = {op}({operands})")
     steps.append("t3 = where(t2, gate, up)" if is_bool else "t3 = mul(t2, 1.0)")
-    text = "; ".join(["concatenated", *steps, "return t3"])
+    return "; ".join(["concatenated", *steps, "return t3"])
+
+
+def test_activation_numerics() -> None:
+    """The whole vocabulary, compiled in one graph, against what evaluates it."""
+    texts = {op: text_with(op) for op in VOCABULARY}
     gate_up = torch.rand(37, 2 * 19) * 3 + 0.01
-    compiled = torch.compile(lambda x: act_and_mul(x, text) * 2)(gate_up)
-    torch.testing.assert_close(compiled, parse(text).evaluate(gate_up) * 2, equal_nan=True)
+    compiled = torch.compile(lambda x: {op: act_and_mul(x, text) * 2 for op, text in texts.items()})(gate_up)
+    for op, result in compiled.items():
+        expected = parse(texts[op]).evaluate(gate_up) * 2
+        torch.testing.assert_close(result, expected, equal_nan=True, msg=lambda text, op=op: f"{op}: {text}")

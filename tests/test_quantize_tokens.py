@@ -80,10 +80,11 @@ def doubled(x: Tensor, scaling: str, *given: Tensor | None) -> tuple[Tensor, Ten
 def test_compiled(scaling: str, device: str) -> None:
     """The op's bits, for any shape and dtype. Columns of 112 have whole groups of 7, and 256 have those of 128."""
     compiled = torch.compile(doubled, fullgraph=True, dynamic=True)
-    shapes = ((5, 112), (17, 112), (1, 112), (0, 112), (5, 256))
+    shapes = ((5, 112), (17, 112), (5, 256), (1, 112), (0, 112))
     for dtype in (torch.float32, torch.bfloat16):
-        # Each dtype compiles anew, and on a CPU that takes seconds.
-        for m, k in shapes[:2] if device == "cpu" and dtype is torch.bfloat16 else shapes:
+        # Each dtype compiles anew, and so do one row and none; on a CPU that takes seconds.
+        most = 2 if dtype is torch.bfloat16 else 3 if "float8" in scaling else 5
+        for m, k in shapes[:most] if device == "cpu" else shapes:
             x = heavy_tailed(m, k, dtype, device=device)
             assert_same_bits(compiled(x, scaling), doubled(x, scaling))
 
@@ -102,7 +103,8 @@ def test_compiled_given(scaling: str, kind: str, device: str) -> None:
 def test_compiled_strides(scaling: str, device: str) -> None:
     x = heavy_tailed(56, 7, torch.float32, device=device)
     compiled = torch.compile(quantize_tokens, fullgraph=True)
-    for view in (x.t(), x[::3, 1::2], x.double().t()):
+    views = (x.t(), x[::3, 1::2], x.double().t())
+    for view in views[2:] if device == "cpu" and "float8" in scaling else views:
         if view.dtype is not torch.float64 or device == "cpu":
             assert_same_bits(compiled(view, scaling), quantize_tokens(view, scaling))
 

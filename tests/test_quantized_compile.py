@@ -68,7 +68,8 @@ def test_callable_through_inductor(variant: str) -> None:
 def test_one_compile_for_all_token_counts(variant: str) -> None:
     first = make_quantized(VARIANTS[variant], M=7)
     config, options = first.config(), {"fullgraph": True}
-    counter = CompileCounterWithBackend("inductor")
+    # Inductor compiles what tokens are quantized by; the GEMMs are ops to it.
+    counter = CompileCounterWithBackend("inductor" if variant in ONE_A_SCALING else "aot_eager")
 
     def layer(x: Tensor, w1: Tensor, w2: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         return compile_moe.fused_experts(x, w1, w2, weights, ids, quant_config=config)
