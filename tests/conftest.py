@@ -33,17 +33,19 @@ def pytest_configure(config: pytest.Config) -> None:
         threads = max(1, len(os.sched_getaffinity(0)) // workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         torch.set_num_threads(threads)
-    # For the processes that tests start, too: a process that compiles for another takes seconds to start, and so does
-    # to find out which vector instructions compile, in each empty cache; the CPU's flags say which there are.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+    if not torch.cuda.is_available():
+        # For the processes that tests start, too: one that compiles for another takes seconds to start, and to find
+        # out which vector instructions compile takes as long in each empty cache; the CPU's flags say which there are.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 
 def pytest_collection_finish() -> None:
-    # What is imported by now stays: looking at it again and again takes a tenth of the time.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000, 20, 50)
+    if not torch.cuda.is_available():
+        # What is imported by now stays: looking at it again and again takes a tenth of the time.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(100_000, 20, 50)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

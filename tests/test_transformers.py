@@ -74,8 +74,16 @@ def test_logits(family: str, device: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert_model_close(result, model, ids)
 
 
+# To the library mixtral and olmoe are what qwen3_moe is: a softmax, and experts with the same layout.
+DIFFERENT = on_each_device(
+    "family",
+    [(family,) for family in FAMILIES],
+    on_cpu=[("qwen3_moe",), ("deepseek_v3",), ("gpt_oss",), ("nemotron_h",)],
+)
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("family", FAMILIES)
+@DIFFERENT
 def test_logits_in_one_graph(family: str, device: str) -> None:
     model, ids = tiny_model(family).to(device), prompt(device)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -92,13 +100,8 @@ def test_logits_through_inductor(family: str, device: str) -> None:
     assert_model_close(logits(compiled, ids), model, ids, peer)
 
 
-# To the library mixtral and olmoe are what qwen3_moe is: a softmax, and experts with the same layout.
 @pytest.mark.usefixtures("fresh_dynamo")
-@on_each_device(
-    "family",
-    [(family,) for family in FAMILIES],
-    on_cpu=[("qwen3_moe",), ("deepseek_v3",), ("gpt_oss",), ("nemotron_h",)],
-)
+@DIFFERENT
 def test_one_compile_for_all_prompt_lengths(family: str, device: str) -> None:
     model = tiny_model(family, **one_layer(family)).to(device)
     counter = CompileCounterWithBackend("aot_eager")
@@ -123,7 +126,7 @@ def test_generate(family: str, device: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("family", FAMILIES)
+@DIFFERENT
 def test_generate_with_compiled_decoding(family: str, device: str) -> None:
     model, ids = tiny_model(family).to(device), prompt(device)
     expected = with_experts(model, "eager").generate(ids, **GREEDY, disable_compile=True)

@@ -1,4 +1,4 @@
-"""A Triton driver without a GPU: kernels compile for sm_90, as far as TTGIR, and "load"; launches are recorded.
+"""A Triton driver without a GPU: kernels compile for sm_90, up to Triton's IR, and "load"; launches are recorded.
 
 Shows what launchers do around the kernels: which variants compile and when, and that other token counts, or a graph
 capture, find theirs loaded.
@@ -101,7 +101,7 @@ def simulated_gpu() -> Iterator[SimulatedGPU]:
         patches.enter_context(
             mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing)
         )
-        patches.enter_context(_up_to_ttgir())
+        patches.enter_context(_up_to_ir())
         _forget_kernels(modules)
         remembered_calls.forget()
         driver.set_active(_Driver(gpu))
@@ -115,8 +115,8 @@ def simulated_gpu() -> Iterator[SimulatedGPU]:
 
 
 @contextlib.contextmanager
-def _up_to_ttgir() -> Iterator[None]:
-    """What follows takes most of the time, and nothing runs it here; the tests ahead of time have it.
+def _up_to_ir() -> Iterator[None]:
+    """What follows takes nearly all the time, and nothing runs it here; the tests ahead of time have it.
 
     The results have a cache of their own.
     """
@@ -124,7 +124,8 @@ def _up_to_ttgir() -> Iterator[None]:
 
     def add_stages(backend: CUDABackend, stages: dict[str, Any], *others: Any) -> None:
         shipped(backend, stages, *others)
-        del stages["llir"], stages["ptx"]
+        for name in ("ttgir", "llir", "ptx"):
+            del stages[name]
         stages["cubin"] = without_code
 
     def without_code(module: Any, metadata: dict[str, Any]) -> bytes:
@@ -132,7 +133,7 @@ def _up_to_ttgir() -> Iterator[None]:
         return b""
 
     with triton.knobs.cache.scope(), mock.patch.object(CUDABackend, "add_stages", add_stages):
-        triton.knobs.cache.dir = str(Path(triton.knobs.cache.dir, "compile_moe_tests_up_to_ttgir"))
+        triton.knobs.cache.dir = str(Path(triton.knobs.cache.dir, "compile_moe_tests_up_to_ir"))
         yield
 
 
