@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     if not torch.cuda.is_available():
-        # What is imported by now stays: looking at it again and again takes a tenth of the time.
+        # What is imported by now stays: no collection need look at it again.
         gc.collect()
         gc.freeze()
         gc.set_threshold(100_000, 20, 50)

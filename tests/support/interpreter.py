@@ -51,7 +51,7 @@ def repair() -> None:
     import triton.runtime.interpreter as shipped
 
     _patch_once(shipped)
-    # Half of all time went into conditions that nothing looked at, as assertions on the device are off.
+    # It would compute conditions that nothing looks at, as assertions on the device are off.
     builder = shipped.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
     repair_floats(shipped)
@@ -61,7 +61,7 @@ def repair() -> None:
 
 
 def _patch_once(shipped: Any) -> None:
-    """Each call of a device function patches triton.language anew, a quarter of all time: let launches do it."""
+    """Each call of a device function patches triton.language anew, which takes long: let launches do it."""
     import triton.language as tl
 
     shipped_patch = shipped._patch_lang
