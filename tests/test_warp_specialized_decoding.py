@@ -14,7 +14,7 @@ from compile_moe.ops.epilogue import parse
 from compile_moe.ops.kernels.quantized import tiles
 from compile_moe.ops.kernels.quantized.tiles import pays_from, tile_choice
 from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, DeviceLimits
-from compile_moe.ops.kernels.warp_specialized import decoding_gemms, row_tiles
+from compile_moe.ops.kernels.warp_specialized import decoding_launches, row_tiles
 from compile_moe.ops.named_activations import program_text
 from compile_moe.ops.quantized_format import weight_format
 from tests.support.quantized import Quantized, Variant, assert_as_accurate, make_quantized
@@ -103,13 +103,13 @@ def test_ahead_of_time(
     form, program = weight_format(q.variant.made.text), parse(program_text(activation))
     x, _, w, scale, zeros, slots, offsets, topk, *_ = inputs[GEMMS[0]]
     scratch, out = row_tiles.scratch(slots, w.size(0)), torch.empty(slots.size(0), 512, dtype=dtype)
-    first = decoding_gemms.gather_launches_for(
+    first = decoding_launches.gather_launches_for(
         scratch, out, x, w, scale, zeros, slots, offsets, topk, form, q.layer.w1_bias,
         program.triton_source(), program.layout,
     )  # fmt: skip
     x, _, w, scale, zeros, *_ = inputs[GEMMS[1]]
     out = torch.empty(slots.size(0), 1024, dtype=dtype)
-    second = decoding_gemms.scatter_launches_for(
+    second = decoding_launches.scatter_launches_for(
         scratch, out, x, w, scale, zeros, slots, offsets, form, q.layer.w2_bias
     )
     for stage, launches in zip(GEMMS, (first, second), strict=True):

@@ -23,7 +23,7 @@ from compile_moe.ops.kernels.quantized.tiles import block_rows, may_be_warp_spec
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
 from compile_moe.ops.kernels.tiles import Tile, grouped_order, locate_tile, max_row_tiles
 from compile_moe.ops.kernels.tuned_tiles import plan_of
-from compile_moe.ops.kernels.warp_specialized import decoding_gemms, float8_gather_gemm, row_tiles
+from compile_moe.ops.kernels.warp_specialized import decoding_launches, float8_gather_gemm, row_tiles
 from compile_moe.ops.kernels.warp_specialized import zero_skipped as zero_skipped_rows
 
 DO_NOT_SPECIALIZE = ("num_slots", "num_row_tiles")
@@ -276,7 +276,7 @@ def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
         )
     else:
         inputs = (x, w1, w1_scale, w1_zp, slots, offsets, topk)
-        launches = decoding_gemms.gather_launches_for(tiles, out, *inputs, weights, bias, body, layout)
+        launches = decoding_launches.gather_launches_for(tiles, out, *inputs, weights, bias, body, layout)
     if zero_skipped:
         launches = (*launches, zero_skipped_rows.launch_for(out, slots, offsets, w1.size(0), False))
     return launches

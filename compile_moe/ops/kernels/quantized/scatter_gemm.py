@@ -22,7 +22,7 @@ from compile_moe.ops.kernels.quantized.tiles import block_rows, may_be_warp_spec
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
 from compile_moe.ops.kernels.tiles import Tile, grouped_order, locate_tile, max_row_tiles
 from compile_moe.ops.kernels.tuned_tiles import plan_of
-from compile_moe.ops.kernels.warp_specialized import decoding_gemms, float8_scatter_gemm, row_tiles
+from compile_moe.ops.kernels.warp_specialized import decoding_launches, float8_scatter_gemm, row_tiles
 from compile_moe.ops.kernels.warp_specialized import zero_skipped as zero_skipped_rows
 
 DO_NOT_SPECIALIZE = ("num_slots", "num_row_tiles")
@@ -219,7 +219,7 @@ def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
             tiles, out, x, x_scale, w2, w2_scale, slots, offsets, bias, block_rows(weights)
         )
     else:
-        launches = decoding_gemms.scatter_launches_for(
+        launches = decoding_launches.scatter_launches_for(
             tiles, out, x, w2, w2_scale, w2_zp, slots, offsets, weights, bias
         )
     if zero_skipped:

@@ -21,7 +21,7 @@ from compile_moe.ops.kernels.tiles import (
     device_limits,
 )
 from compile_moe.ops.kernels.tuned_tiles import TileChoice
-from compile_moe.ops.kernels.warp_specialized import decoding_gemms
+from compile_moe.ops.kernels.warp_specialized import decoding_launches
 from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES
 
 _ROW_TILES = (16, 32, 64, 128)
@@ -42,7 +42,7 @@ def tile_choice(
     if limits.warp_specialized and (
         has_boxes(x, w, out) and may_be_warp_specialized(weight_format, w)
         if weight_format.scales_sums
-        else decoding_gemms.serve(weight_format, x, w, w_scale, out)
+        else decoding_launches.serve(weight_format, x, w, w_scale, out)
     ):
         candidates = (*(tile for tile in candidates if tile.block_m <= 64), WARP_SPECIALIZED)
     few = None
