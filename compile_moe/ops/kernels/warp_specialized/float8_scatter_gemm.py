@@ -16,7 +16,8 @@ from compile_moe.ops.kernels.warp_specialized.producers import producer_tma
 from compile_moe.ops.kernels.warp_specialized.ring import STAGES, allocate
 from compile_moe.ops.kernels.warp_specialized.row_scales import allocate_scales
 from compile_moe.ops.kernels.warp_specialized.scale_ring import allocate_scale_ring
-from compile_moe.ops.kernels.warp_specialized.scatter_gemm import PRODUCER_REGISTERS, REGISTERS
+
+REGISTERS, PRODUCER_REGISTERS = 224, 56
 
 
 @gluon.jit(do_not_specialize=["num_slots", "num_n", "num_k", "columns8"])
@@ -131,9 +132,8 @@ def launches_for(
         "HAS_BIAS": bias is not None,
         "STAGES": STAGES,
         "BLOCK_ROWS": block_rows,
-        # A producer of scales takes more.
-        "REGISTERS": REGISTERS - 8 if block_rows else REGISTERS,
-        "PRODUCER_REGISTERS": PRODUCER_REGISTERS + 16 if block_rows else PRODUCER_REGISTERS,
+        "REGISTERS": REGISTERS,
+        "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
         "num_warps": 4,
     }
     return (
