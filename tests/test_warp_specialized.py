@@ -23,6 +23,7 @@ from tests.support.simulated_gpu import simulated_gpu
 from tests.support.warp_specialized import (
     LAYERS,
     assert_both_were_launched,
+    on_hopper,
     warp_specialized_wherever_possible,
 )
 
@@ -178,12 +179,7 @@ def test_few_rows_take_other_tiles(always: None, monkeypatch: pytest.MonkeyPatch
         assert gpu.launched == ["gather_gemm_kernel", "scatter_gemm_kernel"]
 
 
-hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90"
-)
-
-
-@hopper
+@on_hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", LAYERS)
@@ -196,7 +192,7 @@ def test_layer(case: str, dtype: torch.dtype, always: None) -> None:
         assert torch.equal(compile_moe.fused_experts(*layer.args, **layer.options), first)
 
 
-@hopper
+@on_hopper
 @pytest.mark.gpu
 def test_every_number_of_rows(always: None) -> None:
     """Each size that a tile can have, its tail included."""
@@ -234,7 +230,7 @@ def test_every_number_of_rows(always: None) -> None:
     assert_both_were_launched()
 
 
-@hopper
+@on_hopper
 @pytest.mark.gpu
 def test_values_that_are_not_finite_stay_in_their_rows(always: None) -> None:
     layer = make_layer(M=700, K=256, I=128, E=4, dtype=torch.bfloat16, device="cuda")
@@ -244,7 +240,7 @@ def test_values_that_are_not_finite_stay_in_their_rows(always: None) -> None:
     assert (~out.isfinite()).any(1).nonzero().flatten().tolist() == [5, 77]
 
 
-@hopper
+@on_hopper
 @pytest.mark.gpu
 def test_replays_with_other_routing(always: None) -> None:
     """Also with every slot skipped: no row tile at all."""

@@ -9,23 +9,28 @@ import pytest
 import torch
 from torch import Tensor
 
-import compile_moe
 from compile_moe.ops.epilogue import parse
 from compile_moe.ops.kernels.quantized import tiles
 from compile_moe.ops.kernels.quantized.tiles import pays_from, tile_choice
-from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, DeviceLimits
+from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED
 from compile_moe.ops.kernels.warp_specialized import decoding_launches, row_tiles
 from compile_moe.ops.named_activations import program_text
 from compile_moe.ops.quantized_format import weight_format
-from tests.support.quantized import Quantized, Variant, assert_as_accurate, make_quantized
+from tests.support.quantized import Variant, make_quantized
 from tests.support.quantized_gemms import GEMMS, Gemms
-from tests.support.warp_specialized import LAYERS, launched, warp_specialized_wherever_possible
+from tests.support.warp_specialized import (
+    HOPPER,
+    LAYERS,
+    assert_right_with_other_routing,
+    assert_runs_right,
+    on_hopper,
+    warp_specialized_wherever_possible,
+)
 from tests.test_few_rows import VARIANTS, assert_every_number
 from tests.test_kernels_ahead_of_time import compile_launch
-from tests.test_warp_specialized_float8 import on_hopper
 
-HOPPER = DeviceLimits(227 * 1024, async_mma=True, warp_specialized=True)
 KERNELS = dict(zip(GEMMS, ("decoding_gather_gemm_kernel", "decoding_scatter_gemm_kernel"), strict=True))
+GEMM_KERNELS = set(KERNELS.values())
 
 
 @pytest.fixture
@@ -123,15 +128,6 @@ def always() -> Iterator[None]:
         yield
 
 
-def assert_runs_right(q: Quantized) -> None:
-    args, options = q.on_gpu()
-    first = compile_moe.fused_experts(*args, **options)
-    assert_as_accurate(first.cpu(), q)
-    assert set(KERNELS.values()) <= set(launched())
-    for _ in range(2):
-        assert torch.equal(compile_moe.fused_experts(*args, **options), first)
-
-
 @on_hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -139,7 +135,7 @@ def assert_runs_right(q: Quantized) -> None:
 def test_layer(case: str, variant: str, always: None) -> None:
     """Sizes in multiples of 32, which weights of two a byte need."""
     layer = {**LAYERS[case], **{name: -(-LAYERS[case][name] // 32) * 32 for name in "KI"}}
-    assert_runs_right(make_quantized(VARIANTS[variant], **layer, dtype=torch.bfloat16))
+    assert_runs_right(make_quantized(VARIANTS[variant], **layer, dtype=torch.bfloat16), GEMM_KERNELS)
 
 
 @on_hopper
@@ -148,7 +144,7 @@ def test_layer(case: str, variant: str, always: None) -> None:
 @pytest.mark.parametrize("variant", ["int8_w8a16", "int4, zero points", "mxfp4_w4a16"])
 def test_every_kind_of_tile(variant: str, m: int, always: None) -> None:
     layer = {"M": m, "K": 1184, "I": 352, "E": 1, "topk": 1, "biased": True}
-    assert_runs_right(make_quantized(VARIANTS[variant], **layer, dtype=torch.bfloat16))
+    assert_runs_right(make_quantized(VARIANTS[variant], **layer, dtype=torch.bfloat16), GEMM_KERNELS)
 
 
 @on_hopper
@@ -156,7 +152,7 @@ def test_every_kind_of_tile(variant: str, m: int, always: None) -> None:
 @pytest.mark.parametrize("variant", ["int8_w8a16", "int4_w4a16", "int8, zero points"])
 def test_float16(variant: str, always: None) -> None:
     layer = {"M": 700, "K": 512, "I": 544, "E": 8, "biased": True}
-    assert_runs_right(make_quantized(VARIANTS[variant], **layer, dtype=torch.float16))
+    assert_runs_right(make_quantized(VARIANTS[variant], **layer, dtype=torch.float16), GEMM_KERNELS)
 
 
 @on_hopper
@@ -172,14 +168,4 @@ def test_every_number(variant: str, dtype: torch.dtype, always: None) -> None:
 @pytest.mark.parametrize("variant", ["int8_w8a16", "mxfp4_w4a16"])
 def test_replays_with_other_routing(variant: str, always: None) -> None:
     q = make_quantized(VARIANTS[variant], M=1024, K=256, I=128, E=8, dtype=torch.bfloat16)
-    args, options = q.on_gpu()
-    compile_moe.fused_experts(*args, **options)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = compile_moe.fused_experts(*args, **options)
-    for ids in (torch.randint(0, 8, (1024, 2)), torch.full((1024, 2), 3), torch.full((1024, 2), -1)):
-        q.layer.topk_ids.copy_(ids)
-        args[4].copy_(ids)
-        out.fill_(torch.nan)
-        graph.replay()
-        assert_as_accurate(out.cpu(), q)
+    assert_right_with_other_routing(q)

@@ -8,22 +8,27 @@ from typing import Any
 import pytest
 import torch
 
-import compile_moe
 from compile_moe.ops import quantized_gather_gemm, quantized_scatter_gemm
 from compile_moe.ops.kernels.launch import loading_everything
 from compile_moe.ops.kernels.quantized import tiles
 from compile_moe.ops.kernels.quantized.tiles import pays_from, tile_choice
-from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, DeviceLimits
+from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED
 from compile_moe.ops.kernels.warp_specialized import row_tiles
 from compile_moe.ops.quantized_format import weight_format
 from compile_moe.quantization import SCHEMES
 from tests.support.launchers import launch
-from tests.support.quantized import Quantized, Variant, assert_as_accurate, make_quantized
+from tests.support.quantized import Quantized, Variant, make_quantized
 from tests.support.quantized_gemms import GEMMS, Gemms
 from tests.support.simulated_gpu import simulated_gpu
-from tests.support.warp_specialized import FLOAT8_LAYERS, launched, warp_specialized_wherever_possible
+from tests.support.warp_specialized import (
+    FLOAT8_LAYERS,
+    HOPPER,
+    assert_right_with_other_routing,
+    assert_runs_right,
+    on_hopper,
+    warp_specialized_wherever_possible,
+)
 
-HOPPER = DeviceLimits(227 * 1024, async_mma=True, warp_specialized=True)
 PER_ROW, PER_TENSOR = Variant("fp8_w8a8_channel"), Variant("fp8_w8a8_tensor")
 
 
@@ -33,11 +38,10 @@ def per_block(*shape: int) -> Variant:
 
 PER_BLOCK = per_block(128, 128)
 OPS = dict(zip(GEMMS, (quantized_gather_gemm, quantized_scatter_gemm), strict=True))
+GEMM_KERNELS = {"float8_gather_gemm_kernel", "float8_scatter_gemm_kernel"}
 #: Of both GEMMs, which here write zeros to slots that are skipped.
 KERNELS = [
-    kernel
-    for gemm in ("float8_gather_gemm_kernel", "float8_scatter_gemm_kernel")
-    for kernel in ("row_tiles_kernel", gemm, "zero_skipped_kernel")
+    kernel for gemm in sorted(GEMM_KERNELS) for kernel in ("row_tiles_kernel", gemm, "zero_skipped_kernel")
 ]
 
 
@@ -131,26 +135,12 @@ def always() -> Iterator[None]:
         yield
 
 
-on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90"
-)
-
-
-def assert_runs_right(q: Quantized) -> None:
-    args, options = q.on_gpu()
-    first = compile_moe.fused_experts(*args, **options)
-    assert_as_accurate(first.cpu(), q)
-    assert {"float8_gather_gemm_kernel", "float8_scatter_gemm_kernel"} <= set(launched())
-    for _ in range(2):
-        assert torch.equal(compile_moe.fused_experts(*args, **options), first)
-
-
 @on_hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", [PER_ROW, PER_BLOCK], ids=["row", "block"])
 @pytest.mark.parametrize("case", FLOAT8_LAYERS)
 def test_layer(case: str, variant: Variant, always: None) -> None:
-    assert_runs_right(make_quantized(variant, **FLOAT8_LAYERS[case], dtype=torch.bfloat16))
+    assert_runs_right(make_quantized(variant, **FLOAT8_LAYERS[case], dtype=torch.bfloat16), GEMM_KERNELS)
 
 
 @on_hopper
@@ -160,7 +150,7 @@ def test_layer(case: str, variant: Variant, always: None) -> None:
 def test_blocks(activation: str, rows: int, m: int, always: None) -> None:
     """Every kind of tile, whose weight rows lie in one block or in several, over more steps than the ring has."""
     layer = {"M": m, "K": 1168, "I": 336, "E": 1, "topk": 1, "activation": activation}
-    assert_runs_right(make_quantized(per_block(rows, 128), **layer, dtype=torch.bfloat16))
+    assert_runs_right(make_quantized(per_block(rows, 128), **layer, dtype=torch.bfloat16), GEMM_KERNELS)
 
 
 @on_hopper
@@ -168,7 +158,7 @@ def test_blocks(activation: str, rows: int, m: int, always: None) -> None:
 @pytest.mark.parametrize("static", ["", "one", "each"])
 def test_scales_of_tensors(static: str, always: None) -> None:
     layer = {"M": 700, "K": 256, "I": 144, "E": 8, "biased": True}
-    assert_runs_right(make_quantized(PER_TENSOR, static=static, **layer, dtype=torch.float16))
+    assert_runs_right(make_quantized(PER_TENSOR, static=static, **layer, dtype=torch.float16), GEMM_KERNELS)
 
 
 @on_hopper
@@ -176,14 +166,4 @@ def test_scales_of_tensors(static: str, always: None) -> None:
 @pytest.mark.parametrize("variant", [PER_ROW, PER_BLOCK], ids=["row", "block"])
 def test_replays_with_other_routing(variant: Variant, always: None) -> None:
     q = make_quantized(variant, M=1024, K=256, I=128, E=8, dtype=torch.bfloat16)
-    args, options = q.on_gpu()
-    compile_moe.fused_experts(*args, **options)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = compile_moe.fused_experts(*args, **options)
-    for ids in (torch.randint(0, 8, (1024, 2)), torch.full((1024, 2), 3), torch.full((1024, 2), -1)):
-        q.layer.topk_ids.copy_(ids)
-        args[4].copy_(ids)
-        out.fill_(torch.nan)
-        graph.replay()
-        assert_as_accurate(out.cpu(), q)
+    assert_right_with_other_routing(q)

@@ -7,9 +7,19 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
+import torch
+
+import compile_moe
 from compile_moe.ops.kernels import launch, remembered_calls, tuned_tiles
 from compile_moe.ops.kernels.quantized import tiles as quantized_tiles
-from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED_FROM
+from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED_FROM, DeviceLimits
+from tests.support.quantized import Quantized, assert_as_accurate
+
+HOPPER = DeviceLimits(227 * 1024, async_mma=True, warp_specialized=True)
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs sm_90"
+)
 
 #: Arguments of make_layer, with at least 64 rows an expert.
 LAYERS: dict[str, dict[str, Any]] = {
@@ -77,6 +87,36 @@ def warp_specialized_wherever_possible() -> Iterator[None]:
 def launched() -> list[str]:
     """Names of kernels since then."""
     return [each.compiled.name for ready in launch._ready.values() for each in ready]
+
+
+def assert_right_with_other_routing(q: Quantized) -> None:
+    """By replays of one CUDA graph; also with every slot skipped: no row tile at all."""
+    args, options = q.on_gpu()
+    compile_moe.fused_experts(*args, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = compile_moe.fused_experts(*args, **options)
+    tokens, topk = args[4].shape
+    for ids in (
+        torch.randint(0, 8, (tokens, topk)),
+        torch.full((tokens, topk), 3),
+        torch.full((tokens, topk), -1),
+    ):
+        q.layer.topk_ids.copy_(ids)
+        args[4].copy_(ids)
+        out.fill_(torch.nan)
+        graph.replay()
+        assert_as_accurate(out.cpu(), q)
+
+
+def assert_runs_right(q: Quantized, kernels: set[str]) -> None:
+    """An eager layer, by these kernels, with the same result each time."""
+    args, options = q.on_gpu()
+    first = compile_moe.fused_experts(*args, **options)
+    assert_as_accurate(first.cpu(), q)
+    assert kernels <= set(launched())
+    for _ in range(2):
+        assert torch.equal(compile_moe.fused_experts(*args, **options), first)
 
 
 def assert_both_were_launched() -> None:

@@ -249,23 +249,8 @@ def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
     *arguments, tiles = arguments  # type: ignore[assignment]
     if not tile.warp_specialized:
         return (launch_for(tile, *arguments),)
-    (
-        out,
-        x,
-        x_scale,
-        w1,
-        w1_scale,
-        w1_zp,
-        slots,
-        offsets,
-        topk,
-        weights,
-        bias,
-        body,
-        layout,
-        zero_skipped,
-        _,
-    ) = arguments
+    out, x, x_scale, w1, w1_scale, w1_zp, slots, offsets, topk, *rest = arguments
+    weights, bias, body, layout, zero_skipped, _ = rest
     if tiles is None:
         tiles = row_tiles.scratch(slots, w1.size(0))
     launches: tuple[Launch, ...]

@@ -22,8 +22,7 @@ def strides(
         x.stride(1),
         *_token_scale_strides(x_scale),
         *w.stride(),
-        *_weight_scale_strides(w_scale),
-        *_weight_scale_strides(w_zp),
+        *group_strides(w_scale, w_zp),
     )
 
 
@@ -50,6 +49,19 @@ def _weight_scale_strides(scale: Tensor | None) -> tuple[int, ...]:
         return 0, 0, 0
     found = [stride if size > 1 else 0 for size, stride in zip(scale.shape, scale.stride(), strict=True)]
     return *found, *[0] * (3 - len(found))
+
+
+def decodes_rows(weight_format: WeightFormat, x: Tensor, w: Tensor, w_scale: Tensor) -> bool:
+    """Whether weights are stored as bytes or pairs of nibbles, decoded to the tokens' dtype, and rows of them have
+    scales of their own; of whole rows such as can multiply sums.
+    """
+    return (
+        dequantizes_in_16_bits(weight_format, x, w_scale)
+        and w.dtype is torch.uint8
+        and weight_format.rows == 1
+        and weight_format.packed in (1, 2)
+        and (weight_format.group > 0 or w_scale.is_floating_point())
+    )
 
 
 def dequantizes_in_16_bits(weight_format: WeightFormat, x: Tensor, w_scale: Tensor) -> bool:

@@ -26,8 +26,9 @@ from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES
 
 _ROW_TILES = (16, 32, 64, 128)
 #: Rows of an average expert from which the warp-specialized kernels are taken, of blocks of float8: at 64, both GEMMs
-#: took 1.10 of their time with tiles of 64 rows, at 128 0.88. Of other schemes they are taken wherever they can run: at
-#: 64 rows they took 0.85 to 0.98, at 256 0.47 to 0.76 (H200, Qwen3-30B shape and Mixtral).
+#: took 1.10 of their time with tiles of 64 rows, at 128 0.88. Of other schemes they are taken from
+#: ``WARP_SPECIALIZED_FROM`` on, 64, where they took 0.85 to 0.98; at 256 0.47 to 0.76 (H200, Qwen3-30B shape, Mixtral,
+#: gpt-oss).
 BLOCKS_PAY_FROM = 128
 
 
@@ -39,11 +40,7 @@ def tile_choice(
     sizes = x.element_size(), w.element_size(), x.size(1), out.size(1)
     for_few_rows = few_rows.serve(weight_format, x, w, w_scale, limits)
     candidates = tile_candidates(*sizes, weight_format, for_few_rows, gated, limits)
-    if limits.warp_specialized and (
-        has_boxes(x, w, out) and may_be_warp_specialized(weight_format, w)
-        if weight_format.scales_sums
-        else decoding_launches.serve(weight_format, x, w, w_scale, out)
-    ):
+    if limits.warp_specialized and can_be_warp_specialized(weight_format, x, w, w_scale, out):
         candidates = (*(tile for tile in candidates if tile.block_m <= 64), WARP_SPECIALIZED)
     few = None
     if for_few_rows:
@@ -55,6 +52,15 @@ def tile_choice(
 def pays_from(weight_format: WeightFormat) -> int:
     """Rows of an average expert from which the warp-specialized kernels are taken."""
     return BLOCKS_PAY_FROM if weight_format.scales_sums and weight_format.group else WARP_SPECIALIZED_FROM
+
+
+def can_be_warp_specialized(
+    weight_format: WeightFormat, x: Tensor, w: Tensor, w_scale: Tensor, out: Tensor
+) -> bool:
+    """Whether warp-specialized kernels, on a device that runs them, compute this."""
+    if weight_format.scales_sums:
+        return may_be_warp_specialized(weight_format, w) and has_boxes(x, w, out)
+    return decoding_launches.serve(weight_format, x, w, w_scale, out)
 
 
 def may_be_warp_specialized(weight_format: WeightFormat, w: Tensor) -> bool:

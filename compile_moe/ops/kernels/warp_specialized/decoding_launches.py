@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental.gluon._runtime import jit
@@ -45,13 +44,9 @@ def serve(weight_format: WeightFormat, x: Tensor, w: Tensor, w_scale: Tensor, ou
     steps.
     """
     group, columns = weight_format.group, COLUMNS.value
-    if not operands.dequantizes_in_16_bits(weight_format, x, w_scale):
-        return False
-    if w.dtype is not torch.uint8 or weight_format.rows != 1 or weight_format.packed not in (1, 2):
+    if not operands.decodes_rows(weight_format, x, w, w_scale):
         return False
     if group and (group < _SMALLEST_GROUP or (columns % group and group % columns)):
-        return False
-    if not group and not w_scale.is_floating_point():
         return False
     sizes = (2 * row_stride(x), 2 * x.size(1), 2 * out.size(1), *w.stride()[:2])
     return (

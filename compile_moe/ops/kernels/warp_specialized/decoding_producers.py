@@ -11,7 +11,7 @@ from compile_moe.ops.kernels.warp_specialized.producers import (
     copy_few_rows,
     copy_many_rows,
     gather_rows,
-    row_offsets,
+    tile_offsets,
     tile_slots,
 )
 from compile_moe.ops.kernels.warp_specialized.ring import find_tile, next_stage
@@ -73,11 +73,8 @@ def decoding_producer(
     for tile in range(gl.program_id(0), num_tiles, step):
         if GATHER:
             x_ptr, row_stride16, depth16, topk = x
-            o0 = row_offsets(s0, num_slots, row_stride16, topk, STEP, layout)
-            o1 = row_offsets(s1, num_slots, row_stride16, topk, STEP, layout)
-            o2 = row_offsets(s2, num_slots, row_stride16, topk, STEP, layout)
-            o3 = row_offsets(s3, num_slots, row_stride16, topk, STEP, layout)
-            ot = row_offsets(st, num_slots, row_stride16, topk, STEP, layout)
+            slots = s0, s1, s2, s3, st
+            offsets = tile_offsets(slots, num_slots, row_stride16, topk, STEP, layout)
         expert, first, rows, tile_n = e1, f1, r1, n1
         if GROUP:
             scale_ptrs, zero_ptrs, mask, zero_row = group_ptrs(
@@ -94,7 +91,7 @@ def decoding_producer(
             bar = full.index(stage)
             if GATHER:
                 gather_rows(
-                    x_smem, tail_smem, stage, x_ptr + k * STEP, o0, o1, o2, o3, ot, rows, depth16, k,
+                    x_smem, tail_smem, stage, x_ptr + k * STEP, offsets, rows, depth16, k,
                     STAGES, EVEN_K, layout,
                 )  # fmt: skip
                 async_copy.mbarrier_arrive(bar, increment_count=False)

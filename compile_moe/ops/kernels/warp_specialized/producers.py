@@ -166,6 +166,19 @@ def row_offsets(slot, num_slots, row_stride16, topk, STEP: gl.constexpr, layout:
 
 
 @gluon.jit
+def tile_offsets(slots, num_slots, row_stride16, topk, STEP: gl.constexpr, layout: gl.constexpr):
+    """Of what ``tile_slots`` returns."""
+    s0, s1, s2, s3, st = slots
+    return (
+        row_offsets(s0, num_slots, row_stride16, topk, STEP, layout),
+        row_offsets(s1, num_slots, row_stride16, topk, STEP, layout),
+        row_offsets(s2, num_slots, row_stride16, topk, STEP, layout),
+        row_offsets(s3, num_slots, row_stride16, topk, STEP, layout),
+        row_offsets(st, num_slots, row_stride16, topk, STEP, layout),
+    )
+
+
+@gluon.jit
 def gather_box(x, ptrs, depth16, k, EVEN_K: gl.constexpr, layout: gl.constexpr):
     if EVEN_K:
         copy_rows(x, ptrs, cache_modifier=".cg")
@@ -182,11 +195,7 @@ def gather_rows(
     tail_smem,
     stage,
     base,
-    o0,
-    o1,
-    o2,
-    o3,
-    ot,
+    offsets,
     rows,
     depth16,
     k,
@@ -194,7 +203,8 @@ def gather_rows(
     EVEN_K: gl.constexpr,
     layout: gl.constexpr,
 ):
-    """Step k of a tile's rows, which lie at offsets from base, into the ring."""
+    """Step k of a tile's rows, which lie at ``tile_offsets`` from base, into the ring."""
+    o0, o1, o2, o3, ot = offsets
     before, has_tail = tail_start(rows)
     whole = gl.where(has_tail, before, rows)
     x64 = view(x_smem, [STAGES * 4, 64, x_smem.shape[2]], x_smem.layout)
@@ -249,11 +259,8 @@ def producer_gather(
         scale_slots = token_slots(slots_ptr, f1, r1, tail_start(r1)[0])
     e2, f2, r2, n2 = find_tile(tiles_ptr, gl.program_id(0) + step, num_row_tiles, num_n)
     for tile in range(gl.program_id(0), num_tiles, step):
-        o0 = row_offsets(s0, num_slots, row_stride16, topk, STEP, layout)
-        o1 = row_offsets(s1, num_slots, row_stride16, topk, STEP, layout)
-        o2 = row_offsets(s2, num_slots, row_stride16, topk, STEP, layout)
-        o3 = row_offsets(s3, num_slots, row_stride16, topk, STEP, layout)
-        ot = row_offsets(st, num_slots, row_stride16, topk, STEP, layout)
+        slots = s0, s1, s2, s3, st
+        offsets = tile_offsets(slots, num_slots, row_stride16, topk, STEP, layout)
         expert, rows, tile_n = e1, r1, n1
         s0, s1, s2, s3, st = tile_slots(slots_ptr, f2, r2, layout)
         if BLOCK_ROWS:
@@ -270,7 +277,7 @@ def producer_gather(
             mbarrier.expect(bar, 128 * STEP_BYTES)
             load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * STEP, EPILOGUE, STAGES)
             gather_rows(
-                x_smem, tail_smem, stage, x_ptr + k * STEP, o0, o1, o2, o3, ot, rows, depth16, k,
+                x_smem, tail_smem, stage, x_ptr + k * STEP, offsets, rows, depth16, k,
                 STAGES, EVEN_K, layout,
             )  # fmt: skip
             if BLOCK_ROWS:

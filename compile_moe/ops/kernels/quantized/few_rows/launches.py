@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental.gluon._runtime import jit
@@ -19,7 +18,7 @@ from compile_moe.ops.kernels.quantized.few_rows.multiply import (
     multiply_part,
     multiply_step,
 )
-from compile_moe.ops.kernels.quantized.operands import dequantizes_in_16_bits
+from compile_moe.ops.kernels.quantized.operands import decodes_rows
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat, decode_scale_16_bits
 from compile_moe.ops.kernels.tiles import DeviceLimits, Tile, row_stride
 
@@ -59,13 +58,9 @@ def serve(weight_format: WeightFormat, x: Tensor, w: Tensor, w_scale: Tensor, li
     if limits.shared_memory < _SHARED_MEMORY:
         return False
     group = weight_format.group
-    if weight_format.decode_words is None or not dequantizes_in_16_bits(weight_format, x, w_scale):
-        return False
-    if w.dtype is not torch.uint8 or weight_format.rows != 1 or weight_format.packed not in (1, 2):
+    if weight_format.decode_words is None or not decodes_rows(weight_format, x, w, w_scale):
         return False
     if group and (group % _SMALLEST_GROUP or COLUMNS_OF_SCALES.value % group):
-        return False
-    if not group and not w_scale.is_floating_point():  # multiplied as it is stored
         return False
     sizes = (row_stride(x), *w.stride()[:2], w.size(2), x.data_ptr(), w.data_ptr())
     if x.stride(1) != 1 or w.stride(2) != 1 or any(size % 16 for size in sizes):
