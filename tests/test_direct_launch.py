@@ -7,11 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from triton import knobs
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import CompiledKernel
 
-from compile_moe.ops.kernels.direct_launch import Place, launch_all, prepare
+from compile_moe.ops.kernels.direct_launch import DescribedPlace, Place, launch_all, prepare
+from compile_moe.ops.kernels.warp_specialized.descriptors import plain_weights
 from tests.support.simulated_gpu import SimulatedGPU, simulated_gpu
 
 GRID, STREAM = (3, 2, 1), 77
@@ -129,3 +131,16 @@ def test_launches_run_in_order_with_their_own_arguments(kernel: Kernel) -> None:
         first, second = map(flat, kernel.calls)
         assert first[-3:] == [addresses[0], "a", 1] and first[:4] == [*GRID, STREAM]
         assert second[-3:] == [addresses[1] + 8, "b", 1] and second[:4] == [1, 1, 1, STREAM]
+
+
+def test_descriptors_are_over_the_memory_of_the_call(kernel: Kernel) -> None:
+    weights = torch.empty(4, 64, 128, dtype=torch.bfloat16)
+    descriptor = plain_weights(weights)
+    launches = prepare([(kernel.compiled, GRID, [Place(0, 8), 1, DescribedPlace(Place(1, 256), descriptor)])])
+    launch_all(launches, STREAM, ADDRESSES)
+    launch_all(launches, STREAM, [16, 32])
+    first, second = (flat(call)[-3:] for call in kernel.calls)
+    assert first[:2] == [4104, 1] and second[:2] == [24, 1]
+    for given, address in ((first[2], 8448), (second[2], 288)):
+        assert type(given) is type(descriptor) and given.base.data_ptr() == address
+        assert {**vars(given), "base": weights} == vars(descriptor)

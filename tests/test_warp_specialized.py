@@ -10,7 +10,7 @@ from torch import Tensor
 
 import compile_moe
 from compile_moe.ops import gather_gemm, scatter_gemm
-from compile_moe.ops.kernels import tuned_tiles
+from compile_moe.ops.kernels import remembered_calls, tuned_tiles
 from compile_moe.ops.kernels.gemm_problem import GemmProblem, has_boxes
 from compile_moe.ops.kernels.launch import loading_everything
 from compile_moe.ops.kernels.tile_space import tile_space, why_not
@@ -254,3 +254,21 @@ def test_replays_with_other_routing(always: None) -> None:
         out.fill_(torch.nan)
         graph.replay()
         assert_as_accurate(out, layer)
+
+
+@on_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["plain", "transposed, ungated"])
+def test_remembered_calls(case: str) -> None:
+    """Each over other tokens, routing and weights, of which descriptors are part; earlier results stay."""
+    remembered_calls.forget()
+    layers = [
+        make_layer(**{**LAYERS[case], "M": 1300}, dtype=torch.bfloat16, device="cuda") for _ in range(4)
+    ]
+    results = [compile_moe.fused_experts(*layer.args, **layer.options) for layer in layers]
+    for layer, result in zip(layers, results, strict=True):
+        assert_as_accurate(result, layer)
+    calls = [call for calls in remembered_calls._remembered.values() for call in calls.values()]
+    assert len(calls) == 1 and calls[0] is not None
+    names = [launch.kernel.name for launch in calls[0].launches.launches]
+    assert names.count("row_tiles_kernel") == 2 and len(calls[0].launches.described) >= 4

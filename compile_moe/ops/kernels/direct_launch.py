@@ -26,6 +26,37 @@ class Place(NamedTuple):
     offset: int
 
 
+class DescribedPlace:
+    """Among the arguments of a launch: a tensor descriptor over the memory at a place.
+
+    Args:
+        descriptor: Triton's, whatever tensor it is over.
+    """
+
+    def __init__(self, place: Place, descriptor: Any) -> None:
+        self.place = place
+        self._type = type(descriptor)
+        self._attributes = dict(vars(descriptor))
+
+    def at(self, address: int) -> Any:
+        """The descriptor, over the memory at ``address``; its shape and strides have been checked before."""
+        descriptor = object.__new__(self._type)
+        vars(descriptor).update(self._attributes, base=_Memory(address))
+        return descriptor
+
+
+class _Memory:
+    """What Triton asks of a descriptor's tensor."""
+
+    __slots__ = ("_address",)
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
 class DirectLaunch(NamedTuple):
     """A kernel that is launched with arguments out of values that are given at every launch.
 
@@ -42,10 +73,13 @@ class DirectLaunch(NamedTuple):
 
 
 class DirectLaunches(NamedTuple):
-    """Launches in order; their values are the stream, the address of every place, and the constants."""
+    """Launches in order; their values are the stream, the address of every place, what is described there, and the
+    constants.
+    """
 
     launches: tuple[DirectLaunch, ...]
     places: tuple[Place, ...]
+    described: tuple[DescribedPlace, ...]
     constants: Values
 
 
@@ -53,15 +87,17 @@ def prepare(launches: Sequence[tuple[Any, tuple[int, int, int], Sequence[Any]]])
     """
     Args:
         launches: compiled kernel, grid, and all arguments, of which those that differ from launch to launch are
-            :class:`Place`.
+            :class:`Place` or :class:`DescribedPlace`.
     """
-    places = dict.fromkeys(a for _, _, args in launches for a in args if isinstance(a, Place))
-    positions: dict[Any, int] = {STREAM: 0, **{place: i for i, place in enumerate(places, 1)}}
+    arguments = [argument for _, _, args in launches for argument in args]
+    places = dict.fromkeys(a for a in arguments if isinstance(a, Place))
+    described = tuple(a for a in arguments if isinstance(a, DescribedPlace))
+    positions: dict[Any, int] = {known: i for i, known in enumerate((STREAM, *places, *described))}
     constants: list[Any] = []
     of_constants: dict[int, int] = {}
 
     def position(value: Any) -> int:
-        if value is STREAM or isinstance(value, Place):
+        if _differs(value):
             return positions[value]
         if id(value) not in of_constants:
             of_constants[id(value)] = len(positions) + len(constants)
@@ -78,12 +114,14 @@ def prepare(launches: Sequence[tuple[Any, tuple[int, int, int], Sequence[Any]]])
         prepared.append(
             DirectLaunch(kernel, grid, pick(args), run, pick(outer), None if inner is None else pick(inner))
         )
-    return DirectLaunches(tuple(prepared), tuple(places), tuple(constants))
+    return DirectLaunches(tuple(prepared), tuple(places), described, tuple(constants))
 
 
 def launch_all(call: DirectLaunches, stream: int, addresses: Sequence[int]) -> None:
     """Launch in order on the current device; ``addresses`` are those of the memory that the places are in."""
-    values = (stream, *[addresses[memory] + offset for memory, offset in call.places], *call.constants)
+    places = [addresses[memory] + offset for memory, offset in call.places]
+    described = [each.at(addresses[each.place.memory] + each.place.offset) for each in call.described]
+    values = (stream, *places, *described, *call.constants)
     if is_hooked():
         for launch in call.launches:
             launch.kernel[launch.grid](*launch.arguments(values), stream=stream)
@@ -128,7 +166,12 @@ def _end(
 
 
 def _places(values: Sequence[Any]) -> list[int]:
-    return [id(value) for value in values if value is STREAM or isinstance(value, Place)]
+    return [id(value) for value in values if _differs(value)]
+
+
+def _differs(value: Any) -> bool:
+    """From launch to launch."""
+    return value is STREAM or isinstance(value, Place | DescribedPlace)
 
 
 def _only_hands_on(run: Any) -> bool:

@@ -15,10 +15,12 @@ from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 from compile_moe.ops.kernels.precision import Precision, accumulate, dot_precision
 from compile_moe.ops.kernels.tiles import (
     Tile,
+    early_slots,
     grouped_order,
     locate_tile,
     max_row_tiles,
     row_stride,
+    slots_of_rows,
 )
 from compile_moe.ops.kernels.tuned_tiles import plan_of, tile_choice
 from compile_moe.ops.kernels.warp_specialized import gather_gemm as warp_specialized
@@ -70,12 +72,14 @@ def gather_gemm_kernel(
     TWO_PRODUCTS: tl.constexpr = LAYOUT == "concatenated" and not SWAPPED
     WIDTH: tl.constexpr = 2 * BLOCK_N if GATED and not TWO_PRODUCTS else BLOCK_N
     tile_m, tile_n = grouped_order(tl.program_id(0), num_row_tiles, tl.cdiv(num_columns, BLOCK_N), GROUP_M)
+    tile_row = tl.arange(0, BLOCK_M)
+    early = early_slots(sorted_slots_ptr, tile_m + tile_row, num_slots, num_experts, BLOCK_M)
     expert, first_row, end_row = locate_tile(
         expert_offsets_ptr, tile_m, num_slots, num_experts, E_POW2, BLOCK_M, ZERO_SKIPPED
     )
     if expert > num_experts:
         return
-    row = first_row + tl.arange(0, BLOCK_M)
+    row = first_row + tile_row
     row_mask = row < end_row
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = column < num_columns
@@ -86,7 +90,7 @@ def gather_gemm_kernel(
             tl.store(out_ptrs, tl.zeros((BLOCK_M, BLOCK_N), dtype=out_ptr.dtype.element_ty), mask=out_mask)
             return
 
-    slot = tl.load(sorted_slots_ptr + row, mask=row_mask, other=0)
+    slot = slots_of_rows(early, sorted_slots_ptr, row, end_row, num_slots, num_experts, BLOCK_M)
     row_mask = row_mask & (slot >= 0) & (slot < num_slots)
     token = tl.where(row_mask, slot, 0) // topk
     k = tl.arange(0, BLOCK_K)

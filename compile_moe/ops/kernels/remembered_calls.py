@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compile_moe.ops.kernels import launch as launching
-from compile_moe.ops.kernels.direct_launch import DirectLaunches, Place, launch_all, prepare
+from compile_moe.ops.kernels.direct_launch import DescribedPlace, DirectLaunches, Place, launch_all, prepare
 from compile_moe.ops.kernels.precision import dot_precision
 
 _MOST_CALLS = 4096  # of one function; then all are forgotten
 #: Allocated bytes above which a call is not remembered: kernels then take longer than the host, and memory is better
 #: given back between them.
-_MOST_BYTES = 64 * 2**20
+_MOST_BYTES = 256 * 2**20
 _ALIGNMENT = 256
 _DEBUG = "COMPILE_MOE_DEBUG"
 _DEBUG_KEY = os.environ.encodekey(_DEBUG)
@@ -185,8 +185,7 @@ class _Record:
                 if tensor.data_ptr() not in self._addresses:
                     self._addresses.add(tensor.data_ptr())
                     self.num_bytes += tensor.untyped_storage().nbytes()
-            describes = any(launch.args[position] is not None for position, _ in launch.tensors)
-            if describes or self.num_bytes > _MOST_BYTES:
+            if self.num_bytes > _MOST_BYTES:
                 self.is_repeatable = False
                 self.launches.clear()
             if self.is_repeatable:
@@ -214,16 +213,17 @@ class _Record:
         for ready, tensors in self.launches:
             args = list(ready.args)
             for (position, _), tensor in zip(ready.tensors, tensors, strict=True):
-                address = tensor.data_ptr()
+                address, descriptor = tensor.data_ptr(), args[position]
                 if address in index:
-                    args[position] = Place(index[address], 0)
-                    continue
-                if address not in allocated:
+                    place = Place(index[address], 0)
+                elif address in allocated:
+                    if address not in offsets:
+                        offsets[address] = num_bytes
+                        num_bytes += -(-tensor.untyped_storage().nbytes() // _ALIGNMENT) * _ALIGNMENT
+                    place = Place(len(own), offsets[address])
+                else:
                     return None
-                if address not in offsets:
-                    offsets[address] = num_bytes
-                    num_bytes += -(-tensor.untyped_storage().nbytes() // _ALIGNMENT) * _ALIGNMENT
-                args[position] = Place(len(own), offsets[address])
+                args[position] = place if descriptor is None else DescribedPlace(place, descriptor)
             launches.append((ready.compiled, ready.grid, args))
         specs = tuple((tuple(r.shape), r.stride(), r.dtype) for r in results)
         return _Call(specs, isinstance(result, Tensor), num_bytes, prepare(launches))

@@ -34,6 +34,9 @@ class DeviceLimits(NamedTuple):
     warp_specialized: bool = False  # runs the kernels of ``warp_specialized``: sm_90
 
 
+MOST_TILES_OF_ROWS = tl.constexpr(64)
+
+
 @triton.jit
 def _add_each(a0, a1, a2, b0, b1, b2):
     return a0 + b0, a1 + b1, a2 + b2
@@ -80,15 +83,50 @@ def tile_among(
     rows = end - start
     if not WITH_SKIPPED:
         rows = tl.where(e < num_experts, rows, 0)
-    tiles = (rows + BLOCK_M - 1) // BLOCK_M
-    tiles_before_next = tl.cumsum(tiles, 0)
-    here = (tiles_before_next > tile) & (tiles_before_next - tiles <= tile)
-    first_row = start + (tile - (tiles_before_next - tiles)) * BLOCK_M
-    # At most one lane has values that aren't zero; one reduction of all is quicker than one of each.
-    found, first_row, end_row = tl.reduce(
-        (tl.where(here, e + 1, 0), tl.where(here, first_row, 0), tl.where(here, end, 0)), 0, _add_each
-    )
+    if has_tile_of_each_row(num_slots, num_experts, BLOCK_M):
+        starts = (start <= tile) & (tile < end) & ((tile - start) % BLOCK_M == 0) & (rows > 0)
+        # As one number: of one expert, also where their rows overlap.
+        key = tl.max(tl.where(starts, ((e + 1).to(tl.int64) << 32) | end, 0), 0)
+        found, first_row, end_row = (key >> 32).to(tl.int32), tile, key.to(tl.int32)
+    else:
+        tiles = (rows + BLOCK_M - 1) // BLOCK_M
+        tiles_before_next = tl.cumsum(tiles, 0)
+        here = (tiles_before_next > tile) & (tiles_before_next - tiles <= tile)
+        first = start + (tile - (tiles_before_next - tiles)) * BLOCK_M
+        # At most one lane has values that aren't zero; one reduction of all is quicker than one of each.
+        found, first_row, end_row = tl.reduce(
+            (tl.where(here, e + 1, 0), tl.where(here, first, 0), tl.where(here, end, 0)), 0, _add_each
+        )
     return tl.where(found > 0, found - 1, num_experts + 1), first_row, end_row
+
+
+@triton.jit
+def has_tile_of_each_row(num_slots, num_experts, BLOCK_M: tl.constexpr):
+    """Whether row tile i is the one that starts at row i, if one does: few rows, which have as many row tiles as rows.
+
+    Then nothing that a tile loads waits for the others' sizes.
+    """
+    if BLOCK_M <= 32:
+        return num_slots <= tl.minimum(num_experts, MOST_TILES_OF_ROWS)
+    else:
+        return False
+
+
+@triton.jit
+def early_slots(sorted_slots_ptr, row, num_slots, num_experts, BLOCK_M: tl.constexpr):
+    """Slots of rows i.., which row tile i has where :func:`has_tile_of_each_row`; else -1."""
+    mask = (row < num_slots) & has_tile_of_each_row(num_slots, num_experts, BLOCK_M)
+    return tl.load(sorted_slots_ptr + row, mask=mask, other=-1)
+
+
+@triton.jit
+def slots_of_rows(early, sorted_slots_ptr, row, end_row, num_slots, num_experts, BLOCK_M: tl.constexpr):
+    """Slots of a located tile's rows; -1, or the slots of other tiles, behind its end."""
+    if has_tile_of_each_row(num_slots, num_experts, BLOCK_M):
+        slot = early
+    else:
+        slot = tl.load(sorted_slots_ptr + row, mask=row < end_row, other=-1)
+    return slot
 
 
 @triton.jit

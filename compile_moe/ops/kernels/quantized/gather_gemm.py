@@ -21,7 +21,14 @@ from compile_moe.ops.kernels.quantized.few_rows.gather_gemm import few_rows_gath
 from compile_moe.ops.kernels.quantized.multiply import multiply, with_format
 from compile_moe.ops.kernels.quantized.tiles import block_rows, may_be_warp_specialized, tile_choice
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
-from compile_moe.ops.kernels.tiles import Tile, grouped_order, locate_tile, max_row_tiles
+from compile_moe.ops.kernels.tiles import (
+    Tile,
+    early_slots,
+    grouped_order,
+    locate_tile,
+    max_row_tiles,
+    slots_of_rows,
+)
 from compile_moe.ops.kernels.tuned_tiles import plan_of
 from compile_moe.ops.kernels.warp_specialized import decoding_launches, float8_gather_gemm, row_tiles
 from compile_moe.ops.kernels.warp_specialized import zero_skipped as zero_skipped_rows
@@ -87,12 +94,14 @@ def quantized_gather_gemm_kernel(
     INTERLEAVED: tl.constexpr = LAYOUT == "interleaved"
     WIDTH: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     tile_m, tile_n = grouped_order(tl.program_id(0), num_row_tiles, tl.cdiv(num_columns, BLOCK_N), GROUP_M)
+    tile_row = tl.arange(0, BLOCK_M)
+    early = early_slots(sorted_slots_ptr, tile_m + tile_row, num_slots, num_experts, BLOCK_M)
     expert, first_row, end_row = locate_tile(
         expert_offsets_ptr, tile_m, num_slots, num_experts, E_POW2, BLOCK_M, ZERO_SKIPPED
     )
     if expert > num_experts:
         return
-    row = first_row + tl.arange(0, BLOCK_M)
+    row = first_row + tile_row
     row_mask = row < end_row
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     out_ptrs = out_ptr + row.to(tl.int64)[:, None] * num_columns + column[None, :]
@@ -102,7 +111,7 @@ def quantized_gather_gemm_kernel(
             tl.store(out_ptrs, tl.zeros((BLOCK_M, BLOCK_N), dtype=out_ptr.dtype.element_ty), mask=out_mask)
             return
 
-    slot = tl.load(sorted_slots_ptr + row, mask=row_mask, other=0)
+    slot = slots_of_rows(early, sorted_slots_ptr, row, end_row, num_slots, num_experts, BLOCK_M)
     row_mask = row_mask & (slot >= 0) & (slot < num_slots)
     token = tl.where(row_mask, slot, 0) // topk
     # Rows of w1 of these columns. Columns behind the last one read that, and are not stored.

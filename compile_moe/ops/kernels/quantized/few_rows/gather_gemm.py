@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from compile_moe.ops.kernels.early_launch import await_earlier_kernels
 from compile_moe.ops.kernels.epilogue import epilogue
 from compile_moe.ops.kernels.quantized.few_rows.multiply import multiply
-from compile_moe.ops.kernels.tiles import grouped_order, tile_among
+from compile_moe.ops.kernels.tiles import early_slots, grouped_order, slots_of_rows, tile_among
 
 
 # The parameters of the kernel for any number of rows, of which some aren't read here.
@@ -63,6 +63,9 @@ def few_rows_gather_gemm_kernel(
     GATED: gl.constexpr = LAYOUT != "ungated"
     ROWS: gl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     tile_m, tile_n = grouped_order(gl.program_id(0), num_row_tiles, gl.cdiv(num_columns, BLOCK_N), GROUP_M)
+    x_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
+    tile_row = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, x_layout))
+    early = early_slots(sorted_slots_ptr, tile_m + tile_row, num_slots, num_experts, BLOCK_M)
     e = gl.arange(0, E_POW2, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
     expert, first_row, end_row = tile_among(
         e, expert_offsets_ptr, tile_m, num_slots, num_experts, BLOCK_M, ZERO_SKIPPED
@@ -80,10 +83,9 @@ def few_rows_gather_gemm_kernel(
             gl.store(out_ptrs, zeros, mask=out_mask)
             return
 
-    x_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
-    row = first_row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, x_layout))
-    slot = gl.load(sorted_slots_ptr + row, mask=row < end_row, other=-1)
-    row_mask = (slot >= 0) & (slot < num_slots)
+    row = first_row + tile_row
+    slot = slots_of_rows(early, sorted_slots_ptr, row, end_row, num_slots, num_experts, BLOCK_M)
+    row_mask = (row < end_row) & (slot >= 0) & (slot < num_slots)
     token = gl.where(row_mask, slot, 0) // topk
     acc = multiply(
         x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr,
