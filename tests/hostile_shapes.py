@@ -25,6 +25,7 @@ import compile_moe
 from compile_moe import FusedMoEModularKernel, MoEPrepareAndFinalizeNoEP, TritonExperts
 from compile_moe.ops import act_and_mul, batch_tokens, quantize_tokens, route_and_sort_tokens, route_tokens
 from compile_moe.ops.kernels import launch
+from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED_TILES
 from compile_moe.ops.named_activations import program_text
 from tests.support.batched import PoisonedParts, batched_kernel, kept, options_of
 from tests.support.oracle import CASES, assert_as_accurate, make_layer
@@ -93,11 +94,13 @@ def many_rows(device: str, share: Share) -> int:
     if torch.cuda.get_device_capability(device)[0] != 9:
         return 0
     count = 0
+    for tile in WARP_SPECIALIZED_TILES:
+        with warp_specialized_wherever_possible(tile):
+            for case, dtype in share(itertools.product(LAYERS.values(), (torch.bfloat16, torch.float16))):
+                layer = make_layer(**case, dtype=dtype, device=device)
+                assert_as_accurate(compile_moe.fused_experts(*layer.args, **layer.options), layer)
+                count += 1
     with warp_specialized_wherever_possible():
-        for case, dtype in share(itertools.product(LAYERS.values(), (torch.bfloat16, torch.float16))):
-            layer = make_layer(**case, dtype=dtype, device=device)
-            assert_as_accurate(compile_moe.fused_experts(*layer.args, **layer.options), layer)
-            count += 1
         layer = make_layer(M=700, K=128, I=64, E=4, skipped=True, dtype=torch.bfloat16, device=device)
         kernel = FusedMoEModularKernel(OwnFinalize(), TritonExperts())
         assert_as_accurate(kernel(*layer.args), layer)

@@ -14,7 +14,14 @@ from compile_moe.ops.kernels import remembered_calls, tuned_tiles
 from compile_moe.ops.kernels.gemm_problem import GemmProblem, has_boxes
 from compile_moe.ops.kernels.launch import loading_everything
 from compile_moe.ops.kernels.tile_space import tile_space, why_not
-from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, DeviceLimits
+from compile_moe.ops.kernels.tiles import (
+    WARP_SPECIALIZED,
+    WARP_SPECIALIZED_64,
+    WARP_SPECIALIZED_128,
+    WARP_SPECIALIZED_FROM,
+    WARP_SPECIALIZED_TILES,
+    DeviceLimits,
+)
 from compile_moe.ops.kernels.warp_specialized import row_tiles
 from compile_moe.ops.named_activations import program_text
 from tests.support.launchers import launch
@@ -39,27 +46,40 @@ def always() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=WARP_SPECIALIZED_TILES, ids=lambda tile: str(tile.block_m))
+def always_each(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each of their tiles."""
+    with warp_specialized_wherever_possible(request.param):
+        yield
+
+
 def test_who_can_run_it() -> None:
-    assert why_not(WARP_SPECIALIZED, PROBLEM, HOPPER) == ""
-    assert "on sm_90" in why_not(WARP_SPECIALIZED, PROBLEM, AMPERE)
-    assert "on sm_90" in why_not(WARP_SPECIALIZED, PROBLEM._replace(has_boxes=False), HOPPER)
-    assert "must be" in why_not(WARP_SPECIALIZED._replace(block_k=32), PROBLEM, HOPPER)
-    assert tile_space(PROBLEM, 64 * 8, HOPPER)[0] == WARP_SPECIALIZED
-    assert WARP_SPECIALIZED not in tile_space(PROBLEM, 64 * 8 - 1, HOPPER)
-    assert WARP_SPECIALIZED not in tile_space(PROBLEM, 64 * 8, AMPERE)
+    for tile in WARP_SPECIALIZED_TILES:
+        assert why_not(tile, PROBLEM, HOPPER) == ""
+        assert "on sm_90" in why_not(tile, PROBLEM, AMPERE)
+        assert "on sm_90" in why_not(tile, PROBLEM._replace(has_boxes=False), HOPPER)
+        assert "must be" in why_not(tile._replace(block_k=32), PROBLEM, HOPPER)
+    enough = WARP_SPECIALIZED_FROM * 8
+    assert tile_space(PROBLEM, enough, HOPPER)[:3] == WARP_SPECIALIZED_TILES
+    for space in (tile_space(PROBLEM, enough - 1, HOPPER), tile_space(PROBLEM, enough, AMPERE)):
+        assert not any(tile.warp_specialized for tile in space)
 
 
 def test_who_runs_it_untuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From 128 rows an average expert."""
+    """The more rows an average expert has, the more have room in the ring."""
     monkeypatch.setattr(tuned_tiles, "device_limits", lambda index: HOPPER)
-    for slots in (1, 128 * 8 - 1, 128 * 8, 2**24):
+    taken = []
+    for slots in (1, 56 * 8 - 1, 56 * 8, 84 * 8 - 1, 84 * 8, 148 * 8 - 1, 148 * 8, 2**24):
         choice = tuned_tiles.heuristic_choice(PROBLEM, slots, 0)
-        assert choice.tile.warp_specialized == (slots >= 128 * 8)
-        assert choice.candidates.count(WARP_SPECIALIZED) == 1 and choice.tile in choice.candidates
+        taken.append(choice.tile if choice.tile.warp_specialized else None)
+        assert choice.candidates[-3:] == WARP_SPECIALIZED_TILES and choice.tile in choice.candidates
         other = tuned_tiles.heuristic_choice(PROBLEM._replace(has_boxes=False), slots, 0)
-        assert other.candidates == choice.candidates[:-1]
+        assert other.candidates == choice.candidates[:-3]
+    tiles = (None, WARP_SPECIALIZED_64, WARP_SPECIALIZED_128, WARP_SPECIALIZED)
+    assert taken == [tile for tile in tiles for _ in range(2)]
     monkeypatch.setattr(tuned_tiles, "device_limits", lambda index: AMPERE)
-    assert WARP_SPECIALIZED not in tuned_tiles.heuristic_choice(PROBLEM, 2**24, 0).candidates
+    choice = tuned_tiles.heuristic_choice(PROBLEM, 2**24, 0)
+    assert not any(tile.warp_specialized for tile in choice.candidates)
 
 
 def test_what_the_memory_accelerator_reads() -> None:
@@ -175,7 +195,7 @@ def test_few_rows_take_other_tiles(always: None, monkeypatch: pytest.MonkeyPatch
     for module in (row_tiles, tuned_tiles):
         monkeypatch.setattr(module, "device_limits", lambda index: HOPPER)
     with simulated_gpu() as gpu:
-        gemms(make_layer(M=100, K=64, I=32, E=4, dtype=torch.bfloat16))
+        gemms(make_layer(M=2 * WARP_SPECIALIZED_FROM - 1, K=64, I=32, E=4, dtype=torch.bfloat16))
         assert gpu.launched == ["gather_gemm_kernel", "scatter_gemm_kernel"]
 
 
@@ -183,7 +203,7 @@ def test_few_rows_take_other_tiles(always: None, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", LAYERS)
-def test_layer(case: str, dtype: torch.dtype, always: None) -> None:
+def test_layer(case: str, dtype: torch.dtype, always_each: None) -> None:
     layer = make_layer(**LAYERS[case], dtype=dtype, device="cuda")
     first = compile_moe.fused_experts(*layer.args, **layer.options)
     assert_as_accurate(first, layer)
@@ -194,7 +214,7 @@ def test_layer(case: str, dtype: torch.dtype, always: None) -> None:
 
 @on_hopper
 @pytest.mark.gpu
-def test_every_number_of_rows(always: None) -> None:
+def test_every_number_of_rows(always_each: None) -> None:
     """Each size that a tile can have, its tail included."""
     counts = [
         0,
@@ -232,7 +252,7 @@ def test_every_number_of_rows(always: None) -> None:
 
 @on_hopper
 @pytest.mark.gpu
-def test_values_that_are_not_finite_stay_in_their_rows(always: None) -> None:
+def test_values_that_are_not_finite_stay_in_their_rows(always_each: None) -> None:
     layer = make_layer(M=700, K=256, I=128, E=4, dtype=torch.bfloat16, device="cuda")
     layer.hidden_states[5] = torch.nan
     layer.hidden_states[77] = torch.inf
@@ -242,7 +262,7 @@ def test_values_that_are_not_finite_stay_in_their_rows(always: None) -> None:
 
 @on_hopper
 @pytest.mark.gpu
-def test_replays_with_other_routing(always: None) -> None:
+def test_replays_with_other_routing(always_each: None) -> None:
     """Also with every slot skipped: no row tile at all."""
     layer = make_layer(M=1024, K=256, I=128, E=8, dtype=torch.bfloat16, device="cuda")
     compile_moe.fused_experts(*layer.args)

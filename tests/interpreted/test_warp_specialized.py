@@ -54,11 +54,11 @@ def tiles_of(*counts: int) -> list[list[int]]:
     return list_tiles(offsets_of(list(counts)), sum(counts))
 
 
-def list_tiles(offsets: Tensor, num_slots: int) -> list[list[int]]:
+def list_tiles(offsets: Tensor, num_slots: int, num_rows: int = ROWS) -> list[list[int]]:
     num_experts = len(offsets) - 1
     slots = torch.zeros(num_slots, dtype=torch.int32)
     tiles = row_tiles.scratch(slots, num_experts).fill_(-7)
-    launch = row_tiles.launch_for(tiles, offsets, num_slots, num_experts)
+    launch = row_tiles.launch_for(num_rows, tiles, offsets, num_slots, num_experts)
     run(lambda *_: Plan((), (launch,), tuple), tiles)
     count = int(tiles[0])
     entries: list[list[int]] = tiles[4:].view(-1, 4).tolist()
@@ -66,18 +66,19 @@ def list_tiles(offsets: Tensor, num_slots: int) -> list[list[int]]:
     return entries[:count] or entries[:1]
 
 
+@pytest.mark.parametrize("num_rows", [64, 128, 256])
 @pytest.mark.parametrize("counts", [EDGES, [300], [1] * 40, [0, 0, 5000, 0], *RANDOM], ids=len)
-def test_tiles_cover_every_row_once(counts: list[int]) -> None:
+def test_tiles_cover_every_row_once(counts: list[int], num_rows: int) -> None:
     num_slots = sum(counts) + 5  # the last ones are skipped
-    tiles = list_tiles(offsets_of(counts), num_slots)
+    tiles = list_tiles(offsets_of(counts), num_slots, num_rows)
     next_row = {e: start for e, start in enumerate(offsets_of(counts)[:-1].tolist())}
     for expert, first, rows, _ in tiles:
-        assert first == next_row[expert] and 0 < rows <= ROWS + TAIL
+        assert first == next_row[expert] and 0 < rows <= num_rows + TAIL
         next_row[expert] += rows
     assert list(next_row.values()) == offsets_of(counts)[1:].tolist()
     for e, count in enumerate(counts):
-        merged = 0 < count % ROWS <= min(MERGED, count // ROWS * TAIL)
-        expected = count // ROWS + (count % ROWS > 0 and not merged)
+        merged = 0 < count % num_rows <= min(MERGED, count // num_rows * TAIL)
+        expected = count // num_rows + (count % num_rows > 0 and not merged)
         assert sum(tile[0] == e for tile in tiles) == expected
 
 
@@ -116,8 +117,9 @@ def test_no_rows_give_one_empty_tile() -> None:
     "offsets", [[0, 900, 3, -5], [700, 600, 5, 4], [-(2**31), 2**31 - 1, 2, 9999]], ids=str
 )
 def test_tiles_stay_in_bounds_whatever_the_sort_says(offsets: list[int]) -> None:
-    for expert, first, rows, _ in list_tiles(torch.tensor(offsets, dtype=torch.int32), 700):
-        assert 0 <= expert < 3 and first >= 0 and 0 <= rows <= ROWS + TAIL and first + rows <= 700
+    for num_rows in (64, 128, 256):
+        for expert, first, rows, _ in list_tiles(torch.tensor(offsets, dtype=torch.int32), 700, num_rows):
+            assert 0 <= expert < 3 and first >= 0 and 0 <= rows <= num_rows + TAIL and first + rows <= 700
 
 
 @pytest.mark.parametrize("scattered", [False, True])

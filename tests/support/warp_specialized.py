@@ -13,7 +13,7 @@ import torch
 import compile_moe
 from compile_moe.ops.kernels import launch, remembered_calls, tuned_tiles
 from compile_moe.ops.kernels.quantized import tiles as quantized_tiles
-from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED_FROM, DeviceLimits
+from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, WARP_SPECIALIZED_FROM, DeviceLimits, Tile
 from tests.support.quantized import Quantized, assert_as_accurate
 
 HOPPER = DeviceLimits(227 * 1024, async_mma=True, warp_specialized=True)
@@ -68,15 +68,18 @@ FLOAT8_LAYERS = {
 
 
 @contextmanager
-def warp_specialized_wherever_possible() -> Iterator[None]:
-    """The choice of tiles takes them from the fewest rows with which they can run; nothing is remembered."""
+def warp_specialized_wherever_possible(tile: Tile = WARP_SPECIALIZED) -> Iterator[None]:
+    """The choice of tiles takes them from the fewest rows with which they can run; nothing is remembered.
+
+    Args:
+        tile: of 16-bit operands.
+    """
     remembered_calls.forget()
     with ExitStack() as patches:
-        for module, name in (
-            (tuned_tiles, "WARP_SPECIALIZED_PAYS_FROM"),
-            (quantized_tiles, "BLOCKS_PAY_FROM"),
-        ):
-            patches.enter_context(mock.patch.object(module, name, WARP_SPECIALIZED_FROM))
+        pays_from = {tile: WARP_SPECIALIZED_FROM}
+        patches.enter_context(mock.patch.object(tuned_tiles, "WARP_SPECIALIZED_PAYS_FROM", pays_from))
+        for name in ("PAYS_FROM", "BLOCKS_PAY_FROM"):
+            patches.enter_context(mock.patch.object(quantized_tiles, name, WARP_SPECIALIZED_FROM))
         patches.enter_context(mock.patch.object(remembered_calls, "_MOST_BYTES", 0))
         for cache in ("_ready", "_loaded"):
             patches.enter_context(mock.patch.object(launch, cache, {}))

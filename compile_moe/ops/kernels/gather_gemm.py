@@ -255,7 +255,7 @@ def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
     out, _, w1, sorted_slots, expert_offsets, *_, zero_skipped, _ = arguments
     if tiles is None:
         tiles = row_tiles.scratch(sorted_slots, w1.size(0))
-    launches: tuple[Launch, ...] = warp_specialized.launches_for(tiles, *arguments[:-2])
+    launches: tuple[Launch, ...] = warp_specialized.launches_for(tile, tiles, *arguments[:-2])
     if zero_skipped:
         skipped = zero_skipped_rows.launch_for(out, sorted_slots, expert_offsets, w1.size(0), False)
         launches = (*launches, skipped)

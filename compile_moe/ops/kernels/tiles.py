@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ class Tile(NamedTuple):
     swapped: bool = (
         False  # the weights are the left operand, whose rows the tensor cores read from shared memory
     )
-    warp_specialized: bool = False  # the kernels of ``warp_specialized``, which have one tile
+    warp_specialized: bool = False  # one of WARP_SPECIALIZED_TILES
 
 
 class DeviceLimits(NamedTuple):
@@ -154,12 +155,17 @@ def device_limits(device_index: int | None) -> DeviceLimits:
     return DeviceLimits(properties.shared_memory_per_block_optin, major in (9, 10), major == 9)
 
 
-#: The tile of the warp-specialized kernels, the rows of an average expert from which they may be chosen, and those from
-#: which they are unless something else was tuned: at 64 they were slower than other tiles, at 128 faster (16-bit ones,
-#: on an H100).
+#: The tiles of the warp-specialized kernels: one with room for many rows, those with less of it, which leave it to
+#: more stages. Those of 16-bit operands may be chosen from WARP_SPECIALIZED_FROM rows of an average expert on.
 WARP_SPECIALIZED = Tile(256, 128, 64, 4, 4, warp_specialized=True)
-WARP_SPECIALIZED_FROM = 64
-WARP_SPECIALIZED_PAYS_FROM = 128
+WARP_SPECIALIZED_128 = Tile(128, 128, 64, 5, 4, warp_specialized=True)
+WARP_SPECIALIZED_64 = Tile(64, 128, 64, 7, 4, warp_specialized=True)
+WARP_SPECIALIZED_TILES = WARP_SPECIALIZED, WARP_SPECIALIZED_128, WARP_SPECIALIZED_64
+WARP_SPECIALIZED_FROM = 48
+
+#: Rows of an average expert from which they are taken unless something else was tuned: where the next smaller tile
+#: would be full for a tenth of the experts, whose weights then are read twice (16-bit ones, measured on an H200).
+WARP_SPECIALIZED_PAYS_FROM = {WARP_SPECIALIZED_64: 56, WARP_SPECIALIZED_128: 84, WARP_SPECIALIZED: 148}
 
 
 #: Row tiles, and the most rows of an average expert for which each is taken: with room to spare where a second tile
@@ -192,7 +198,8 @@ def tile_candidates(
             tile = Tile(block_m, 64, 64 if block_m <= 32 else 32, 3, 8 if block_m == 128 else 4)
         elif block_m <= 32 and limits.async_mma:
             # 64 rows of weights times the tokens: the weights go from memory to the tensor cores past the registers.
-            tile = Tile(block_m, 64, 128, 5, 4, swapped=True)
+            # Of those stages of 32 rows only one program had room.
+            tile = Tile(block_m, 64, 128, 5 if block_m == 16 else 4, 4, swapped=True)
         elif block_m <= 32:
             # A depth that ends within a block costs a mask on each load.
             tile = (
@@ -237,14 +244,18 @@ def shared_memory(tile: Tile, itemsize: int, num_accumulators: int) -> int:
 
 
 def choose_tile(
-    candidates: tuple[Tile, ...], num_slots: int, num_experts: int, warp_specialized_from: int
+    candidates: tuple[Tile, ...], num_slots: int, num_experts: int, warp_specialized_from: Mapping[Tile, int]
 ) -> Tile:
-    """The row tile for the average expert's rows, as ``_ROW_TILES`` says (the largest candidate if that is smaller);
-    from so many rows on the warp-specialized one, where it is a candidate.
+    """The row tile for the average expert's rows, as ``_ROW_TILES`` says (the largest candidate if that is smaller).
+
+    Args:
+        warp_specialized_from: warp-specialized tiles, which are taken from so many rows of an average expert on, if
+            they are candidates; of several the one with the largest number.
     """
+    reached = {tile: rows for tile, rows in warp_specialized_from.items() if num_slots >= rows * num_experts}
+    special = [tile for tile in candidates if tile in reached]
+    if special:
+        return max(special, key=lambda tile: reached[tile])
+    candidates = tuple(tile for tile in candidates if not tile.warp_specialized)
     average = num_slots / min(num_experts, max(num_slots, 1))
-    if WARP_SPECIALIZED in candidates:
-        if num_slots >= warp_specialized_from * num_experts:
-            return WARP_SPECIALIZED
-        candidates = tuple(tile for tile in candidates if not tile.warp_specialized)
     return next((tile for tile in candidates if average <= _ROW_TILES.get(tile.block_m, 0)), candidates[-1])

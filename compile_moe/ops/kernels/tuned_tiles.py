@@ -14,9 +14,9 @@ from compile_moe.ops.kernels.launch import Launch, Plan
 from compile_moe.ops.kernels.tile_file import TunedTiles, file_name, parse, tiles_folder
 from compile_moe.ops.kernels.tile_space import why_not
 from compile_moe.ops.kernels.tiles import (
-    WARP_SPECIALIZED,
     WARP_SPECIALIZED_FROM,
     WARP_SPECIALIZED_PAYS_FROM,
+    WARP_SPECIALIZED_TILES,
     Tile,
     choose_tile,
     device_limits,
@@ -46,7 +46,7 @@ def tile_choice(problem: GemmProblem, num_slots: int, device_index: int | None) 
     by_heuristic = heuristic_choice(problem, num_slots, device_index)
     tuned = _tuned_tiles(problem, device_index)
     nearest = _nearest(tuned, num_slots)
-    if nearest == WARP_SPECIALIZED and num_slots < WARP_SPECIALIZED_FROM * problem.num_experts:
+    if nearest and nearest.warp_specialized and num_slots < WARP_SPECIALIZED_FROM * problem.num_experts:
         nearest = None
     return TileChoice(
         nearest or by_heuristic.tile,
@@ -65,8 +65,7 @@ def heuristic_choice(problem: GemmProblem, num_slots: int, device_index: int | N
         problem.vectorized,
         limits,
     )
-    if not why_not(WARP_SPECIALIZED, problem, limits):
-        candidates += (WARP_SPECIALIZED,)
+    candidates += tuple(tile for tile in WARP_SPECIALIZED_TILES if not why_not(tile, problem, limits))
     tile = choose_tile(candidates, num_slots, problem.num_experts, WARP_SPECIALIZED_PAYS_FROM)
     return TileChoice(tile, candidates)
 

@@ -14,7 +14,6 @@ from compile_moe.ops.kernels.quantized.operands import steps_of
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
 from compile_moe.ops.kernels.tiles import (
     WARP_SPECIALIZED,
-    WARP_SPECIALIZED_FROM,
     DeviceLimits,
     Tile,
     choose_tile,
@@ -25,10 +24,10 @@ from compile_moe.ops.kernels.warp_specialized import decoding_launches
 from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES
 
 _ROW_TILES = (16, 32, 64, 128)
-#: Rows of an average expert from which the warp-specialized kernels are taken, of blocks of float8: at 64, both GEMMs
-#: took 1.10 of their time with tiles of 64 rows, at 128 0.88. Of other schemes they are taken from
-#: ``WARP_SPECIALIZED_FROM`` on, 64, where they took 0.85 to 0.98; at 256 0.47 to 0.76 (H200, Qwen3-30B shape, Mixtral,
-#: gpt-oss).
+#: Rows of an average expert from which the warp-specialized kernels are taken, where both GEMMs took 0.85 to 0.98 of
+#: their time with tiles of 64 rows, and at 256 0.47 to 0.76; and of blocks of float8, 1.10 at 64, 0.88 at 128 (H200,
+#: Qwen3-30B shape, Mixtral, gpt-oss).
+PAYS_FROM = 64
 BLOCKS_PAY_FROM = 128
 
 
@@ -45,13 +44,15 @@ def tile_choice(
     few = None
     if for_few_rows:
         few = few_rows.choose(candidates, out.size(0), w.size(0), out.size(1), w.size(2))
-    tile = few or choose_tile(candidates, out.size(0), w.size(0), pays_from(weight_format))
+    tile = few or choose_tile(
+        candidates, out.size(0), w.size(0), {WARP_SPECIALIZED: pays_from(weight_format)}
+    )
     return TileChoice(tile, candidates)
 
 
 def pays_from(weight_format: WeightFormat) -> int:
     """Rows of an average expert from which the warp-specialized kernels are taken."""
-    return BLOCKS_PAY_FROM if weight_format.scales_sums and weight_format.group else WARP_SPECIALIZED_FROM
+    return BLOCKS_PAY_FROM if weight_format.scales_sums and weight_format.group else PAYS_FROM
 
 
 def can_be_warp_specialized(

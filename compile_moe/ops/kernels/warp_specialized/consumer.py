@@ -55,6 +55,7 @@ def consume_tile(
 ):
     """One consumer's 64 weight rows times MAIN + TAIL tokens of a tile; then where the next tile is."""
     x_layout: gl.constexpr = x_smem.layout
+    ROWS: gl.constexpr = x_smem.shape[0] // STAGES * 32
     main_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MAIN, 16])
     tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
     acc = gl.zeros([64, MAIN], gl.float32, main_layout)
@@ -67,7 +68,7 @@ def consume_tile(
         w = w_smem.index(2 * stage + WHICH)
         if TRANSPOSED:
             w = w.permute((1, 0))
-        x = view(x_smem, [STAGES * (256 // MAIN), MAIN, 64], x_layout).index(stage * (256 // MAIN))
+        x = view(x_smem, [STAGES * (ROWS // MAIN), MAIN, 64], x_layout).index(stage * (ROWS // MAIN))
         acc = warpgroup_mma(w, x.permute((1, 0)), acc, is_async=True)
         if TAIL:
             tail = warpgroup_mma(w, tail_smem.index(stage).permute((1, 0)), tail, is_async=True)
@@ -238,15 +239,17 @@ def consumer(
     phase = 0
     result_smem = result_smem.index(WHICH)
     WIDTH8: gl.constexpr = 4 if EPILOGUE == "gated" or EPILOGUE == "pairs" else 8
+    # 64, 128 or 256 tokens, without and with a tail, of which a smaller ring has the first ones.
+    BOXES: gl.constexpr = x_smem.shape[0] // STAGES
+    KINDS: gl.constexpr = 6 if BOXES == 8 else 4 if BOXES == 4 else 2
     step = gl.num_programs(0)
     e1, f1, r1, n1 = find_tile(tiles_ptr, gl.program_id(0), num_row_tiles, num_n)
     for tile in range(gl.program_id(0), num_tiles, step):
         expert, first, rows, tile_n = e1, f1, r1, n1
         column8 = (2 * tile_n + WHICH) * WIDTH8
         biases = bias_ptr + expert.to(gl.int64) * stride_be
-        for i in gl.static_range(6):
+        for i in gl.static_range(KINDS):
             if is_kind(rows, i):
-                # 64, 128 or 256 tokens, without and with a tail.
                 stage, phase, e1, f1, r1, n1 = consume_tile(
                     w_smem, x_smem, tail_smem, result_smem, full, empty, stage, phase, num_k,
                     biases, stride_bn, row_scales, expert, out_ptr, slots_ptr, first, rows, num_slots,

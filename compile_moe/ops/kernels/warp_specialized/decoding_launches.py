@@ -119,7 +119,7 @@ def gather_launches_for(
     kernel = with_format(decoding_gather_gemm_kernel, weight_format)
     kernel = with_epilogue(kernel, functions, epilogue_body)
     return (
-        row_tiles.launch_for(tiles, expert_offsets, num_slots, w1.size(0)),
+        row_tiles.launch_for(row_tiles.ROWS, tiles, expert_offsets, num_slots, w1.size(0)),
         Launch(kernel, (num_programs(out.device.index),), args, options),
     )
 
@@ -160,7 +160,7 @@ def scatter_launches_for(
     options = _constants(weight_format, bias, w2_zp, SCATTER_REGISTERS)
     kernel = with_format(decoding_scatter_gemm_kernel, weight_format)
     return (
-        row_tiles.launch_for(tiles, expert_offsets, num_slots, w2.size(0)),
+        row_tiles.launch_for(row_tiles.ROWS, tiles, expert_offsets, num_slots, w2.size(0)),
         Launch(with_epilogue(kernel, (), ""), (num_programs(out.device.index),), args, options),
     )
 

@@ -170,6 +170,6 @@ def launches_for(
     }
     kernel = with_epilogue(float8_gather_gemm_kernel, FUNCTIONS, epilogue_body)
     return (
-        row_tiles.launch_for(tiles, expert_offsets, num_slots, w1.size(0)),
+        row_tiles.launch_for(row_tiles.ROWS, tiles, expert_offsets, num_slots, w1.size(0)),
         Launch(kernel, (num_programs(out.device.index),), args, options),
     )

@@ -137,6 +137,6 @@ def launches_for(
         "num_warps": 4,
     }
     return (
-        row_tiles.launch_for(tiles, expert_offsets, num_slots, w2.size(0)),
+        row_tiles.launch_for(row_tiles.ROWS, tiles, expert_offsets, num_slots, w2.size(0)),
         Launch(float8_scatter_gemm_kernel, (num_programs(out.device.index),), args, options),
     )

@@ -13,6 +13,7 @@ from triton.experimental.gluon._runtime import jit
 
 from compile_moe.ops.kernels.epilogue import build_epilogue, with_globals
 from compile_moe.ops.kernels.launch import Launch
+from compile_moe.ops.kernels.tiles import Tile
 from compile_moe.ops.kernels.warp_specialized import consumer as consumers
 from compile_moe.ops.kernels.warp_specialized import row_tiles, store
 from compile_moe.ops.kernels.warp_specialized.consumer import consumer
@@ -23,7 +24,7 @@ from compile_moe.ops.kernels.warp_specialized.descriptors import (
     transposed_weights,
 )
 from compile_moe.ops.kernels.warp_specialized.producers import producer_gather
-from compile_moe.ops.kernels.warp_specialized.ring import STAGES, allocate
+from compile_moe.ops.kernels.warp_specialized.ring import allocate
 
 DO_NOT_SPECIALIZE = (
     "num_slots",
@@ -58,13 +59,14 @@ def gather_gemm_kernel(
     INTERLEAVED: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     TRANSPOSED: gl.constexpr,
+    ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     EVEN_K: gl.constexpr,
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(
-        x_ptr.dtype.element_ty, out_ptr.dtype.element_ty, STAGES, 129
+        x_ptr.dtype.element_ty, out_ptr.dtype.element_ty, STAGES, 129, ROWS=ROWS
     )
     gl.warp_specialize(
         [
@@ -114,6 +116,7 @@ def with_epilogue(kernel: Any, functions: tuple[tuple[ModuleType, str], ...], bo
 
 
 def launches_for(
+    tile: Tile,
     tiles: Tensor,
     out: Tensor,
     hidden_states: Tensor,
@@ -155,7 +158,8 @@ def launches_for(
         "TRANSPOSED": transposed,
         "INTERLEAVED": layout == "interleaved",
         "HAS_BIAS": bias is not None,
-        "STAGES": STAGES,
+        "ROWS": tile.block_m,
+        "STAGES": tile.num_stages,
         "EVEN_K": depth % 64 == 0,
         "REGISTERS": REGISTERS,
         "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
@@ -164,6 +168,6 @@ def launches_for(
     functions = (consumers, "consume_tile"), (consumers, "consumer")
     kernel = with_epilogue(gather_gemm_kernel, functions, epilogue_body)
     return (
-        row_tiles.launch_for(tiles, expert_offsets, num_slots, w1.size(0)),
+        row_tiles.launch_for(tile.block_m, tiles, expert_offsets, num_slots, w1.size(0)),
         Launch(kernel, (num_programs(out.device.index),), args, options),
     )

@@ -63,8 +63,9 @@ def copy_many_rows(
 def copy_few_rows(x_desc, x_smem, tail_smem, bar, stage, first, rows, k, MORE_BYTES: gl.constexpr):
     """Rows of a tile of up to 160, columns k.., into the ring; the barrier also expects MORE_BYTES."""
     boxes = (rows + 31) // 32
+    BOXES: gl.constexpr = x_smem.shape[0] // tail_smem.shape[0]  # of a stage
     # Every call costs a barrier of the warps, also one whose predicate is false.
-    for i in gl.static_range(5):
+    for i in gl.static_range(5 if BOXES > 3 else 3):
         if boxes == i + 1:
             mbarrier.expect(bar, MORE_BYTES + (i + 1) * BOX_BYTES)
             for j in gl.static_range(i + 1):
@@ -72,8 +73,46 @@ def copy_few_rows(x_desc, x_smem, tail_smem, bar, stage, first, rows, k, MORE_BY
                 if j == i and (i == 2 or i == 4):
                     box = tail_smem.index(stage)
                 else:
-                    box = x_smem.index(8 * stage + j)
+                    box = x_smem.index(BOXES * stage + j)
                 copy_box(x_desc, [first + 32 * j, k], bar, box)
+
+
+@gluon.jit
+def fill_with_few_rows(
+    w_desc,
+    x_desc,
+    w_smem,
+    x_smem,
+    tail_smem,
+    full,
+    empty,
+    stage,
+    phase,
+    expert,
+    first,
+    rows,
+    tile_n,
+    num_k,
+    scales,
+    ptrs,
+    w_ptrs,
+    has_tail,
+    STAGES: gl.constexpr,
+    EPILOGUE: gl.constexpr,
+    BLOCK_ROWS: gl.constexpr,
+):
+    """Every step of a tile of up to 160 rows."""
+    STEP: gl.constexpr = x_smem.shape[2]
+    for k in range(num_k):
+        mbarrier.wait(empty.index(stage), phase ^ 1)
+        bar = full.index(stage)
+        copy_few_rows(x_desc, x_smem, tail_smem, bar, stage, first, rows, k * STEP, 128 * STEP_BYTES)
+        load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * STEP, EPILOGUE, STAGES)
+        if BLOCK_ROWS:
+            copy_step_scales(scales, stage, k, ptrs, w_ptrs, has_tail)
+            async_copy.mbarrier_arrive(bar, increment_count=False)
+        stage, phase = next_stage(stage, phase, STAGES)
+    return stage, phase
 
 
 @gluon.jit
@@ -99,6 +138,7 @@ def producer_tma(
     num_tiles = num_row_tiles * num_n
     STEP: gl.constexpr = x_smem.shape[2]
     W_BYTES: gl.constexpr = 128 * STEP_BYTES
+    MANY: gl.constexpr = x_smem.shape[0] == 8 * STAGES  # room for more than 160 rows
     stage = 0
     phase = 0
     step = gl.num_programs(0)
@@ -110,28 +150,44 @@ def producer_tma(
         if BLOCK_ROWS:
             ptrs = row_scale_ptrs(scales, first, rows, before)
             w_ptrs = weight_scale_ptrs(scales, expert, tile_n, EPILOGUE, False, BLOCK_ROWS)
-        if rows > 160:
-            for k in range(num_k):
-                mbarrier.wait(empty.index(stage), phase ^ 1)
-                bar = full.index(stage)
-                copy_many_rows(
-                    x_desc, x256_desc, x_smem, tail_smem, bar, stage, first, rows, k * STEP, STAGES, W_BYTES
-                )
-                load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * STEP, EPILOGUE, STAGES)
-                if BLOCK_ROWS:
-                    copy_step_scales(scales, stage, k, ptrs, w_ptrs, has_tail)
-                    async_copy.mbarrier_arrive(bar, increment_count=False)
-                stage, phase = next_stage(stage, phase, STAGES)
         else:
-            for k in range(num_k):
-                mbarrier.wait(empty.index(stage), phase ^ 1)
-                bar = full.index(stage)
-                copy_few_rows(x_desc, x_smem, tail_smem, bar, stage, first, rows, k * STEP, W_BYTES)
-                load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * STEP, EPILOGUE, STAGES)
-                if BLOCK_ROWS:
-                    copy_step_scales(scales, stage, k, ptrs, w_ptrs, has_tail)
-                    async_copy.mbarrier_arrive(bar, increment_count=False)
-                stage, phase = next_stage(stage, phase, STAGES)
+            ptrs = None
+            w_ptrs = None
+        if MANY:
+            if rows > 160:
+                for k in range(num_k):
+                    mbarrier.wait(empty.index(stage), phase ^ 1)
+                    bar = full.index(stage)
+                    copy_many_rows(
+                        x_desc,
+                        x256_desc,
+                        x_smem,
+                        tail_smem,
+                        bar,
+                        stage,
+                        first,
+                        rows,
+                        k * STEP,
+                        STAGES,
+                        W_BYTES,
+                    )
+                    load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * STEP, EPILOGUE, STAGES)
+                    if BLOCK_ROWS:
+                        copy_step_scales(scales, stage, k, ptrs, w_ptrs, has_tail)
+                        async_copy.mbarrier_arrive(bar, increment_count=False)
+                    stage, phase = next_stage(stage, phase, STAGES)
+            else:
+                stage, phase = fill_with_few_rows(
+                    w_desc, x_desc, w_smem, x_smem, tail_smem, full, empty, stage, phase,
+                    expert, first, rows, tile_n, num_k, scales, ptrs, w_ptrs, has_tail,
+                    STAGES, EPILOGUE, BLOCK_ROWS,
+                )  # fmt: skip
+        else:
+            stage, phase = fill_with_few_rows(
+                w_desc, x_desc, w_smem, x_smem, tail_smem, full, empty, stage, phase,
+                expert, first, rows, tile_n, num_k, scales, ptrs, w_ptrs, has_tail,
+                STAGES, EPILOGUE, BLOCK_ROWS,
+            )  # fmt: skip
 
 
 @gluon.jit
@@ -143,16 +199,20 @@ def tail_start(rows):
 
 @gluon.jit
 def tile_slots(slots_ptr, first, rows, layout: gl.constexpr):
-    """Slots of a tile's rows in chunks of 64, and of the tail; 0 beyond the tile."""
+    """Slots of a tile's rows in chunks of 64, and of the tail; beyond the tile, of its last row.
+
+    One row that all programs read for those that there are not would keep the L2 cache from serving others.
+    """
     r64 = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     r32 = gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
     before, _ = tail_start(rows)
     p = slots_ptr + first
-    s0 = gl.load(p + r64, mask=r64 < rows, other=0)
-    s1 = gl.load(p + 64 + r64, mask=64 + r64 < rows, other=0)
-    s2 = gl.load(p + 128 + r64, mask=128 + r64 < rows, other=0)
-    s3 = gl.load(p + 192 + r64, mask=192 + r64 < rows, other=0)
-    st = gl.load(p + before + r32, mask=before + r32 < rows, other=0)
+    last = rows - 1
+    s0 = gl.load(p + gl.minimum(r64, last), mask=(r64 >= 0) & (rows > 0), other=0)
+    s1 = gl.load(p + gl.minimum(64 + r64, last), mask=(r64 >= 0) & (rows > 0), other=0)
+    s2 = gl.load(p + gl.minimum(128 + r64, last), mask=(r64 >= 0) & (rows > 0), other=0)
+    s3 = gl.load(p + gl.minimum(192 + r64, last), mask=(r64 >= 0) & (rows > 0), other=0)
+    st = gl.load(p + gl.minimum(before + r32, last), mask=(r32 >= 0) & (rows > 0), other=0)
     return s0, s1, s2, s3, st
 
 
@@ -207,14 +267,17 @@ def gather_rows(
     o0, o1, o2, o3, ot = offsets
     before, has_tail = tail_start(rows)
     whole = gl.where(has_tail, before, rows)
-    x64 = view(x_smem, [STAGES * 4, 64, x_smem.shape[2]], x_smem.layout)
-    gather_box(x64.index(4 * stage), base + o0, depth16, k, EVEN_K, layout)
-    if whole > 64:
-        gather_box(x64.index(4 * stage + 1), base + o1, depth16, k, EVEN_K, layout)
-    if whole > 128:
-        gather_box(x64.index(4 * stage + 2), base + o2, depth16, k, EVEN_K, layout)
-    if whole > 192:
-        gather_box(x64.index(4 * stage + 3), base + o3, depth16, k, EVEN_K, layout)
+    BOXES: gl.constexpr = x_smem.shape[0] // (2 * STAGES)  # of 64 rows
+    x64 = view(x_smem, [STAGES * BOXES, 64, x_smem.shape[2]], x_smem.layout)
+    gather_box(x64.index(BOXES * stage), base + o0, depth16, k, EVEN_K, layout)
+    if BOXES > 1:
+        if whole > 64:
+            gather_box(x64.index(BOXES * stage + 1), base + o1, depth16, k, EVEN_K, layout)
+    if BOXES == 4:
+        if whole > 128:
+            gather_box(x64.index(4 * stage + 2), base + o2, depth16, k, EVEN_K, layout)
+        if whole > 192:
+            gather_box(x64.index(4 * stage + 3), base + o3, depth16, k, EVEN_K, layout)
     if has_tail:
         gather_box(tail_smem.index(stage), base + ot, depth16, k, EVEN_K, layout)
 

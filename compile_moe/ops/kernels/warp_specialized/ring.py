@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-STAGES = 4  # of the ring
+STAGES = 4  # of the ring, whose stages have room for ROWS rows of tokens and a tail
 STEP_BYTES = gl.constexpr(128)  # of each row, in a stage: what the swizzled layouts of shared memory hold
 COLUMNS = gl.constexpr(16)  # column tiles that a group of row tiles takes at a time
 
@@ -18,12 +18,17 @@ def allocate(
     STAGES: gl.constexpr,
     FULL_COUNT: gl.constexpr,
     RESULT_ROWS: gl.constexpr = 64,
+    ROWS: gl.constexpr = 256,
 ):
-    """Weights, tokens in boxes of 32, tails, space to transpose results in, and barriers; of each stage but one."""
+    """Weights, tokens in boxes of 32, tails, space to transpose results in, and barriers; of each stage but one.
+
+    Args:
+        ROWS: of tokens in a stage, without the tail: 64, 128 or 256.
+    """
     layout: gl.constexpr = gl.NVMMASharedLayout(128, dtype.primitive_bitwidth, 2)
     STEP: gl.constexpr = STEP_BYTES * 8 // dtype.primitive_bitwidth
     w_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, STEP], layout)
-    x_smem = gl.allocate_shared_memory(dtype, [8 * STAGES, 32, STEP], layout)
+    x_smem = gl.allocate_shared_memory(dtype, [ROWS // 32 * STAGES, 32, STEP], layout)
     tail_smem = gl.allocate_shared_memory(dtype, [STAGES, 32, STEP], layout)
     result_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     result_smem = gl.allocate_shared_memory(result_dtype, [2, RESULT_ROWS, 64], result_layout)

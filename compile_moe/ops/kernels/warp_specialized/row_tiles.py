@@ -9,7 +9,8 @@ from torch import Tensor
 from compile_moe.ops.kernels.launch import Launch
 from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED_FROM, device_limits
 
-ROWS = 256  # of a tile
+ROWS = 256  # of a tile, unless the ring has room for fewer: down to FEWEST_ROWS
+FEWEST_ROWS = 64
 TAIL = 32  # rows that a tile may have more
 MERGED = 96  # rows of an expert beyond a multiple of ROWS that become tails, and no tile of their own
 GROUP = 8  # most tiles of one expert that share the loads of weights from memory
@@ -73,14 +74,15 @@ def row_tiles_kernel(
         tl.store(tiles_ptr, total)
 
 
-def max_row_tiles(num_slots: int, num_experts: int) -> int:
-    """Upper bound on the tiles, at least 1: each expert has at most one that isn't full."""
-    return max(1, num_slots // ROWS + min(num_experts, num_slots))
+def max_row_tiles(num_rows: int, num_slots: int, num_experts: int) -> int:
+    """Upper bound on the tiles of ``num_rows``, at least 1: each expert has at most one that isn't full."""
+    return max(1, num_slots // num_rows + min(num_experts, num_slots))
 
 
 def scratch(sorted_slots: Tensor, num_experts: int) -> Tensor:
-    """Memory for the list."""
-    return sorted_slots.new_empty(FIELDS * (max_row_tiles(sorted_slots.size(0), num_experts) + 1))
+    """Memory for the list, whatever the rows of a tile."""
+    most = max_row_tiles(FEWEST_ROWS, sorted_slots.size(0), num_experts)
+    return sorted_slots.new_empty(FIELDS * (most + 1))
 
 
 def scratch_if_needed(sorted_slots: Tensor, num_experts: int, has_kernels: bool) -> Tensor | None:
@@ -91,15 +93,17 @@ def scratch_if_needed(sorted_slots: Tensor, num_experts: int, has_kernels: bool)
     return None
 
 
-def launch_for(tiles: Tensor, expert_offsets: Tensor, num_slots: int, num_experts: int) -> Launch:
-    """The launch that writes the list."""
+def launch_for(
+    num_rows: int, tiles: Tensor, expert_offsets: Tensor, num_slots: int, num_experts: int
+) -> Launch:
+    """The launch that writes the list of tiles of ``num_rows``."""
     options = {
         "E_POW2": triton.next_power_of_2(num_experts),
-        "ROWS": ROWS,
+        "ROWS": num_rows,
         "TAIL": TAIL,
         "MERGED": MERGED,
         "GROUP": GROUP,
         "num_warps": 4,
     }
-    grid = (max_row_tiles(num_slots, num_experts),)
+    grid = (max_row_tiles(num_rows, num_slots, num_experts),)
     return Launch(row_tiles_kernel, grid, (tiles, expert_offsets, num_slots, num_experts), options)

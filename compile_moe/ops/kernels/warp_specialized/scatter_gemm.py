@@ -8,6 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from compile_moe.ops.kernels.launch import Launch
+from compile_moe.ops.kernels.tiles import Tile
 from compile_moe.ops.kernels.warp_specialized import row_tiles
 from compile_moe.ops.kernels.warp_specialized.consumer import consumer
 from compile_moe.ops.kernels.warp_specialized.descriptors import (
@@ -17,7 +18,7 @@ from compile_moe.ops.kernels.warp_specialized.descriptors import (
     transposed_weights,
 )
 from compile_moe.ops.kernels.warp_specialized.producers import producer_tma
-from compile_moe.ops.kernels.warp_specialized.ring import STAGES, allocate
+from compile_moe.ops.kernels.warp_specialized.ring import allocate
 
 REGISTERS, PRODUCER_REGISTERS = 232, 40
 
@@ -39,12 +40,13 @@ def scatter_gemm_kernel(
     stride_bn,
     HAS_BIAS: gl.constexpr,
     TRANSPOSED: gl.constexpr,
+    ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(
-        x_desc.dtype, out_ptr.dtype.element_ty, STAGES, 1
+        x_desc.dtype, out_ptr.dtype.element_ty, STAGES, 1, ROWS=ROWS
     )
     gl.warp_specialize(
         [
@@ -78,6 +80,7 @@ def scatter_gemm_kernel(
 
 
 def launches_for(
+    tile: Tile,
     tiles: Tensor,
     out: Tensor,
     intermediate: Tensor,
@@ -106,12 +109,13 @@ def launches_for(
     options = {
         "TRANSPOSED": transposed,
         "HAS_BIAS": bias is not None,
-        "STAGES": STAGES,
+        "ROWS": tile.block_m,
+        "STAGES": tile.num_stages,
         "REGISTERS": REGISTERS,
         "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
         "num_warps": 4,
     }
     return (
-        row_tiles.launch_for(tiles, expert_offsets, num_slots, w2.size(0)),
+        row_tiles.launch_for(tile.block_m, tiles, expert_offsets, num_slots, w2.size(0)),
         Launch(scatter_gemm_kernel, (num_programs(out.device.index),), args, options),
     )
