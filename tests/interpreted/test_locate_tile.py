@@ -69,15 +69,24 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("skipped", [0, 3])
-@pytest.mark.parametrize("with_skipped", [False, True], ids=["", "with skipped"])
-@pytest.mark.parametrize("block_m", [8, 16, 32, 64])
-@pytest.mark.parametrize("case", COUNTS)
-def test_every_row_is_in_one_tile(case: str, block_m: int, with_skipped: bool, skipped: int) -> None:
+@pytest.mark.parametrize(
+    "case, block_m, with_skipped",
+    [
+        ("one row", 16, False),
+        ("all on one expert", 16, True),
+        ("all on one expert", 64, False),
+        ("as many as experts", 16, False),
+        ("most", 32, True),
+        ("more than that", 16, True),
+        ("more than experts", 16, False),
+        ("many", 64, True),
+    ],
+)
+def test_every_row_is_in_one_tile(case: str, block_m: int, with_skipped: bool) -> None:
     offsets = [0]
     for count in COUNTS[case]:
         offsets.append(offsets[-1] + count)
-    num_slots = offsets[-1] + skipped
+    num_slots = offsets[-1] + 3  # skipped ones
     rows: list[int] = []
     for expert, first, end in located(offsets, num_slots, block_m, with_skipped):
         assert [offsets, [*offsets, num_slots]][with_skipped][expert + 1] == end
@@ -86,14 +95,13 @@ def test_every_row_is_in_one_tile(case: str, block_m: int, with_skipped: bool, s
     assert sorted(rows) == list(range(num_slots if with_skipped else offsets[-1]))
 
 
-@pytest.mark.parametrize("num_slots", [5, FEW, 700])
+@pytest.mark.parametrize("num_slots", [5, FEW + 9])
 @pytest.mark.parametrize(
     "offsets",
-    [[0, 900, 3, -5], [4, 3, 2, 1], [0, 4, 0, 4], [-(2**31), 2**31 - 1, 2, 9999]],
+    [[4, 3, 2, 1], [-(2**31), 2**31 - 1, 2, 9999]],
     ids=str,
 )
 def test_tiles_stay_in_bounds_whatever_the_offsets_say(offsets: list[int], num_slots: int) -> None:
-    offsets = offsets + offsets[1:] * 30
-    for with_skipped in (False, True):
-        for expert, first, end in located(offsets, num_slots, 16, with_skipped):
-            assert 0 <= expert < len(offsets) - 1 + with_skipped and 0 <= first < end <= num_slots
+    offsets = offsets + offsets[1:] * 21
+    for expert, first, end in located(offsets, num_slots, 16, True):
+        assert 0 <= expert < len(offsets) and 0 <= first < end <= num_slots
