@@ -68,15 +68,22 @@ def test_who_can_run_it() -> None:
 def test_who_runs_it_untuned(monkeypatch: pytest.MonkeyPatch) -> None:
     """The more rows an average expert has, the more have room in the ring."""
     monkeypatch.setattr(tuned_tiles, "device_limits", lambda index: HOPPER)
+    problem = PROBLEM._replace(num_experts=34)
     taken = []
-    for slots in (1, 56 * 8 - 1, 56 * 8, 84 * 8 - 1, 84 * 8, 148 * 8 - 1, 148 * 8, 2**24):
-        choice = tuned_tiles.heuristic_choice(PROBLEM, slots, 0)
+    for slots in (1, 56 * 34 - 1, 56 * 34, 84 * 34 - 1, 84 * 34, 148 * 34 - 1, 148 * 34, 2**24):
+        choice = tuned_tiles.heuristic_choice(problem, slots, 0)
         taken.append(choice.tile if choice.tile.warp_specialized else None)
         assert choice.candidates[-3:] == WARP_SPECIALIZED_TILES and choice.tile in choice.candidates
-        other = tuned_tiles.heuristic_choice(PROBLEM._replace(has_boxes=False), slots, 0)
+        other = tuned_tiles.heuristic_choice(problem._replace(has_boxes=False), slots, 0)
         assert other.candidates == choice.candidates[:-3]
     tiles = (None, WARP_SPECIALIZED_64, WARP_SPECIALIZED_128, WARP_SPECIALIZED)
     assert taken == [tile for tile in tiles for _ in range(2)]
+    # 33 experts times 4 tiles of their 512 rows of weights are as many as multiprocessors.
+    for experts, expected in ((33, WARP_SPECIALIZED_64), (32, None)):
+        tile = tuned_tiles.heuristic_choice(PROBLEM._replace(num_experts=experts), 60 * experts, 0).tile
+        assert (tile if tile.warp_specialized else None) == expected
+    few = PROBLEM._replace(num_experts=32)
+    assert tuned_tiles.heuristic_choice(few, 148 * 32, 0).tile == WARP_SPECIALIZED
     monkeypatch.setattr(tuned_tiles, "device_limits", lambda index: AMPERE)
     choice = tuned_tiles.heuristic_choice(PROBLEM, 2**24, 0)
     assert not any(tile.warp_specialized for tile in choice.candidates)

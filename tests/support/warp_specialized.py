@@ -76,8 +76,10 @@ def warp_specialized_wherever_possible(tile: Tile = WARP_SPECIALIZED) -> Iterato
     """
     remembered_calls.forget()
     with ExitStack() as patches:
-        pays_from = {tile: WARP_SPECIALIZED_FROM}
-        patches.enter_context(mock.patch.object(tuned_tiles, "WARP_SPECIALIZED_PAYS_FROM", pays_from))
+        special_from = {tile: WARP_SPECIALIZED_FROM}
+        patches.enter_context(
+            mock.patch.object(tuned_tiles, "warp_specialized_from", lambda *_: special_from)
+        )
         for name in ("PAYS_FROM", "BLOCKS_PAY_FROM"):
             patches.enter_context(mock.patch.object(quantized_tiles, name, WARP_SPECIALIZED_FROM))
         patches.enter_context(mock.patch.object(remembered_calls, "_MOST_BYTES", 0))
