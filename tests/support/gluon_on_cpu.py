@@ -241,6 +241,7 @@ class Program:
             maximum=_binary(torch.maximum),
             sigmoid=lambda value: Value(torch.sigmoid(value.data)),
             cumsum=lambda value, axis: Value(value.data.cumsum(axis)),
+            max=lambda value, axis: Value(value.data.amax(axis)),
             reduce=_reduce,
             reshape=lambda value, shape: Value(value.data.reshape(*map(int, shape))),
             permute=lambda value, order: Value(value.data.permute(*order)),

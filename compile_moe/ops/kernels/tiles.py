@@ -89,7 +89,7 @@ def tile_among(
         starts = (start <= tile) & (tile < end) & ((tile - start) % BLOCK_M == 0) & (rows > 0)
         # As one number: of one expert, also where their rows overlap.
         key = tl.max(tl.where(starts, ((e + 1).to(tl.int64) << 32) | end, 0), 0)
-        found, first_row, end_row = (key >> 32).to(tl.int32), tile, key.to(tl.int32)
+        found, first_row, end_row = (key >> 32).to(tl.int32), tile, (key & 0x7FFFFFFF).to(tl.int32)
     else:
         tiles = (rows + BLOCK_M - 1) // BLOCK_M
         tiles_before_next = tl.cumsum(tiles, 0)
