@@ -131,7 +131,7 @@ WARP_SPECIALIZED_CASES = {
 @pytest.mark.parametrize(
     "case, tile",
     [(case, WARP_SPECIALIZED) for case in WARP_SPECIALIZED_CASES]
-    + [("plain", WARP_SPECIALIZED_64), ("interleaved-biased, transposed", WARP_SPECIALIZED_128)],
+    + [("plain", WARP_SPECIALIZED_64), ("ungated", WARP_SPECIALIZED_128)],
 )
 def test_warp_specialized(case: str, tile: Tile) -> None:
     k, i, activation, biased, transposed, dtype, spills = WARP_SPECIALIZED_CASES[case]
