@@ -73,7 +73,7 @@ def test_who_runs_it_untuned(monkeypatch: pytest.MonkeyPatch) -> None:
     for slots in (1, 56 * 34 - 1, 56 * 34, 84 * 34 - 1, 84 * 34, 148 * 34 - 1, 148 * 34, 2**24):
         choice = tuned_tiles.heuristic_choice(problem, slots, 0)
         taken.append(choice.tile if choice.tile.warp_specialized else None)
-        assert choice.candidates[-3:] == WARP_SPECIALIZED_TILES and choice.tile in choice.candidates
+        assert choice.candidates[-3:] == WARP_SPECIALIZED_TILES[::-1] and choice.tile in choice.candidates
         other = tuned_tiles.heuristic_choice(problem._replace(has_boxes=False), slots, 0)
         assert other.candidates == choice.candidates[:-3]
     tiles = (None, WARP_SPECIALIZED_64, WARP_SPECIALIZED_128, WARP_SPECIALIZED)
@@ -83,7 +83,10 @@ def test_who_runs_it_untuned(monkeypatch: pytest.MonkeyPatch) -> None:
         tile = tuned_tiles.heuristic_choice(PROBLEM._replace(num_experts=experts), 60 * experts, 0).tile
         assert (tile if tile.warp_specialized else None) == expected
     few = PROBLEM._replace(num_experts=32)
-    assert tuned_tiles.heuristic_choice(few, 148 * 32, 0).tile == WARP_SPECIALIZED
+    choice = tuned_tiles.heuristic_choice(few, 128 * 32, 0)
+    assert choice.tile == WARP_SPECIALIZED and not {WARP_SPECIALIZED_64, WARP_SPECIALIZED_128} & {
+        *choice.candidates
+    }
     monkeypatch.setattr(tuned_tiles, "device_limits", lambda index: AMPERE)
     choice = tuned_tiles.heuristic_choice(PROBLEM, 2**24, 0)
     assert not any(tile.warp_specialized for tile in choice.candidates)

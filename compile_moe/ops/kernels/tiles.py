@@ -252,11 +252,12 @@ def shared_memory(tile: Tile, itemsize: int, num_accumulators: int) -> int:
 def warp_specialized_from(num_columns: int, num_experts: int, limits: DeviceLimits) -> Mapping[Tile, int]:
     """Rows of an average expert from which warp-specialized tiles are taken for products with ``num_columns`` rows of
     weights; those with less room only where a tile of each expert gives every multiprocessor one: with 8 experts of
-    1536 and 2048, 64 tokens took 40.7 us with them and 38.4 without (H200, layer, two runs).
+    1536 and 2048, 64 tokens took 40.7 us with them and 38.4 without (H200, layer, two runs). Without them the one with
+    more is taken from 128 rows on (measured on an H100).
     """
     if num_experts * triton.cdiv(num_columns, WARP_SPECIALIZED.block_n) >= limits.multiprocessors:
         return WARP_SPECIALIZED_PAYS_FROM
-    return {WARP_SPECIALIZED: WARP_SPECIALIZED_PAYS_FROM[WARP_SPECIALIZED]}
+    return {WARP_SPECIALIZED: 128}
 
 
 def choose_tile(

@@ -15,7 +15,6 @@ from compile_moe.ops.kernels.tile_file import TunedTiles, file_name, parse, tile
 from compile_moe.ops.kernels.tile_space import why_not
 from compile_moe.ops.kernels.tiles import (
     WARP_SPECIALIZED_FROM,
-    WARP_SPECIALIZED_TILES,
     Tile,
     choose_tile,
     device_limits,
@@ -65,10 +64,10 @@ def heuristic_choice(problem: GemmProblem, num_slots: int, device_index: int | N
         problem.vectorized,
         limits,
     )
-    candidates += tuple(tile for tile in WARP_SPECIALIZED_TILES if not why_not(tile, problem, limits))
     special_from = warp_specialized_from(
         problem.num_columns * problem.num_accumulators, problem.num_experts, limits
     )
+    candidates += tuple(tile for tile in special_from if not why_not(tile, problem, limits))
     tile = choose_tile(candidates, num_slots, problem.num_experts, special_from)
     return TileChoice(tile, candidates)
 

@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-STAGES = 4  # of the ring, whose stages have room for ROWS rows of tokens and a tail
+STAGES = 4  # of a ring with room for 256 rows of tokens and a tail
 STEP_BYTES = gl.constexpr(128)  # of each row, in a stage: what the swizzled layouts of shared memory hold
 COLUMNS = gl.constexpr(16)  # column tiles that a group of row tiles takes at a time
 
