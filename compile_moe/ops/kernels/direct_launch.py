@@ -35,14 +35,14 @@ class DescribedPlace:
 
     def __init__(self, place: Place, descriptor: Any) -> None:
         self.place = place
-        self._type = type(descriptor)
-        self._attributes = dict(vars(descriptor))
+        self.descriptor = descriptor
 
-    def at(self, address: int) -> Any:
-        """The descriptor, over the memory at ``address``; its shape and strides have been checked before."""
-        descriptor = object.__new__(self._type)
-        vars(descriptor).update(self._attributes, base=_Memory(address))
-        return descriptor
+
+def with_base(descriptor: Any, base: Any) -> Any:
+    """Like ``descriptor``, which has checked its shape and strides, over another tensor of that description."""
+    copied = object.__new__(type(descriptor))
+    vars(copied).update(vars(descriptor), base=base)
+    return copied
 
 
 class _Memory:
@@ -120,7 +120,10 @@ def prepare(launches: Sequence[tuple[Any, tuple[int, int, int], Sequence[Any]]])
 def launch_all(call: DirectLaunches, stream: int, addresses: Sequence[int]) -> None:
     """Launch in order on the current device; ``addresses`` are those of the memory that the places are in."""
     places = [addresses[memory] + offset for memory, offset in call.places]
-    described = [each.at(addresses[each.place.memory] + each.place.offset) for each in call.described]
+    described = [
+        with_base(each.descriptor, _Memory(addresses[each.place.memory] + each.place.offset))
+        for each in call.described
+    ]
     values = (stream, *places, *described, *call.constants)
     if is_hooked():
         for launch in call.launches:

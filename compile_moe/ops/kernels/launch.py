@@ -5,7 +5,6 @@ for each description of their arguments.
 from __future__ import annotations
 
 import contextlib
-import copy
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from triton.runtime import driver
+
+from compile_moe.ops.kernels.direct_launch import with_base
 
 guards: Any = None
 try:
@@ -128,7 +129,7 @@ def launch(plan: Callable[..., Plan], *arguments: Any) -> None:
             args = args.copy()
             for position, argument in tensors:
                 tensor, descriptor = arguments[argument], args[position]
-                args[position] = tensor if descriptor is None else _with_base(descriptor, tensor)
+                args[position] = tensor if descriptor is None else with_base(descriptor, tensor)
             compiled[grid](*args)
 
 
@@ -211,7 +212,7 @@ def _prepare(
         names = [p.name for p in each.kernel.params[len(each.args) :]]
         bases = {i: base for i, a in enumerate(each.args) if (base := _base(a)) is not None}
         args = [
-            a if i not in bases else None if a is bases[i] else _with_base(a, None)
+            a if i not in bases else None if a is bases[i] else with_base(a, None)
             for i, a in enumerate(each.args)
         ]
         tensors = tuple((i, positions[id(base)]) for i, base in bases.items())
@@ -224,13 +225,6 @@ def _base(argument: Any) -> Tensor | None:
     """The tensor that an argument is, or that it describes."""
     base = argument if isinstance(argument, Tensor) else getattr(argument, "base", None)
     return base if isinstance(base, Tensor) else None
-
-
-def _with_base(descriptor: Any, base: Tensor | None) -> Any:
-    """Like ``descriptor``, which has checked its shape and strides, over another tensor of that description."""
-    descriptor = copy.copy(descriptor)
-    descriptor.base = base
-    return descriptor
 
 
 def _variant(launch: Launch) -> Hashable:

@@ -36,6 +36,7 @@ class DeviceLimits(NamedTuple):
     multiprocessors: int = 132
 
 
+#: Rows up to which each may start a row tile of its own; more were not tried, of which more tiles would be empty.
 MOST_TILES_OF_ROWS = tl.constexpr(64)
 
 
@@ -170,7 +171,8 @@ WARP_SPECIALIZED_TILES = WARP_SPECIALIZED, WARP_SPECIALIZED_128, WARP_SPECIALIZE
 WARP_SPECIALIZED_FROM = 48
 
 #: Rows of an average expert from which they are taken unless something else was tuned: where the next smaller tile
-#: would be full for a tenth of the experts, whose weights then are read twice (16-bit ones, measured on an H200).
+#: would be too small for a tenth of the experts, whose weights then are read twice (16-bit ones; between the numbers
+#: measured on an H200: 48 and 56, 80 and 96, 128 and 160).
 WARP_SPECIALIZED_PAYS_FROM = {WARP_SPECIALIZED_64: 56, WARP_SPECIALIZED_128: 84, WARP_SPECIALIZED: 148}
 
 

@@ -7,14 +7,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
 from compile_moe.ops.kernels.warp_specialized.decode_weights import decode_step, group_ptrs, load_groups
-from compile_moe.ops.kernels.warp_specialized.producers import (
-    copy_few_rows,
-    copy_many_rows,
-    gather_rows,
-    tile_offsets,
-    tile_slots,
-)
+from compile_moe.ops.kernels.warp_specialized.gather_producer import gather_rows, tile_offsets, tile_slots
 from compile_moe.ops.kernels.warp_specialized.ring import find_tile, next_stage
+from compile_moe.ops.kernels.warp_specialized.row_producer import copy_few_rows, copy_many_rows
 from compile_moe.ops.kernels.warp_specialized.stored_weights import request, step_behind
 
 

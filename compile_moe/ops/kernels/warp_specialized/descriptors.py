@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from compile_moe.ops.kernels.tiles import row_stride
+from compile_moe.ops.kernels.tiles import device_limits, row_stride
 from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES
 
 
@@ -71,11 +70,6 @@ def rows(x: Tensor, num_rows: int) -> TensorDescriptor:
     )
 
 
-@functools.cache
 def num_programs(device_index: int | None) -> int:
     """One program a multiprocessor; as many as an H100 has where there is no device (None)."""
-    if device_index is None:
-        return 132
-    properties: Any = torch.cuda.get_device_properties(device_index)
-    count: int = properties.multi_processor_count
-    return count
+    return device_limits(device_index).multiprocessors

@@ -22,7 +22,7 @@ from compile_moe.ops.kernels.warp_specialized.gather_gemm import (
     REGISTERS,
     with_epilogue,
 )
-from compile_moe.ops.kernels.warp_specialized.producers import producer_gather
+from compile_moe.ops.kernels.warp_specialized.gather_producer import producer_gather
 from compile_moe.ops.kernels.warp_specialized.ring import STAGES, allocate
 from compile_moe.ops.kernels.warp_specialized.row_scales import allocate_scales
 from compile_moe.ops.kernels.warp_specialized.scale_ring import allocate_scale_ring

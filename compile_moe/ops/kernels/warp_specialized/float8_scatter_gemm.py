@@ -12,8 +12,8 @@ from compile_moe.ops.kernels.quantized import operands
 from compile_moe.ops.kernels.warp_specialized import row_tiles
 from compile_moe.ops.kernels.warp_specialized.descriptors import num_programs, plain_weights, rows, step
 from compile_moe.ops.kernels.warp_specialized.float8_consumer import float8_consumer
-from compile_moe.ops.kernels.warp_specialized.producers import producer_tma
 from compile_moe.ops.kernels.warp_specialized.ring import STAGES, allocate
+from compile_moe.ops.kernels.warp_specialized.row_producer import producer_tma
 from compile_moe.ops.kernels.warp_specialized.row_scales import allocate_scales
 from compile_moe.ops.kernels.warp_specialized.scale_ring import allocate_scale_ring
 

@@ -23,7 +23,7 @@ from compile_moe.ops.kernels.warp_specialized.descriptors import (
     plain_weights,
     transposed_weights,
 )
-from compile_moe.ops.kernels.warp_specialized.producers import producer_gather
+from compile_moe.ops.kernels.warp_specialized.gather_producer import producer_gather
 from compile_moe.ops.kernels.warp_specialized.ring import allocate
 
 DO_NOT_SPECIALIZE = (

@@ -17,8 +17,8 @@ from compile_moe.ops.kernels.warp_specialized.descriptors import (
     rows,
     transposed_weights,
 )
-from compile_moe.ops.kernels.warp_specialized.producers import producer_tma
 from compile_moe.ops.kernels.warp_specialized.ring import allocate
+from compile_moe.ops.kernels.warp_specialized.row_producer import producer_tma
 
 REGISTERS, PRODUCER_REGISTERS = 232, 40
 
