@@ -2,9 +2,9 @@
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.hostile_shapes
 
-Arguments name a part of it (layers, batched, many_rows, quantized, routing, compiled) and a share of its cases
-(`layers 0 3` is every third), to run them side by side: the sanitizer rewrites each kernel on one core. Without the
-caching allocator each tensor is an allocation of its own, so that an overrun of one is seen.
+Arguments name a part of it (layers, batched, many_rows, quantized, routing, one_token, compiled) and a share of its
+cases (`layers 0 3` is every third), to run them side by side: the sanitizer rewrites each kernel on one core. Without
+the caching allocator each tensor is an allocation of its own, so that an overrun of one is seen.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from compile_moe.ops.kernels import launch
 from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED_TILES
 from compile_moe.ops.named_activations import program_text
 from tests.support.batched import PoisonedParts, batched_kernel, kept, options_of
+from tests.support.one_token import run_one_token
 from tests.support.oracle import CASES, assert_as_accurate, make_layer
 from tests.support.quantized import Variant, make_quantized
 from tests.support.quantized import assert_as_accurate as assert_quantized_as_accurate
@@ -176,6 +177,20 @@ def routing(device: str, share: Share) -> int:
     return count + 4
 
 
+def one_token(device: str, share: Share) -> int:
+    """The op that compiled graphs of one token call, with rows and with columns in one piece."""
+    count = 0
+    for dtype, (name, case) in share(itertools.product((torch.bfloat16, torch.float32), CASES.items())):
+        for size in SIZES if name in MANY_SIZES else ({},):
+            layer = make_layer(**{**case, **size, "M": 1}, dtype=dtype, device=device)
+            assert_as_accurate(run_one_token(layer), layer)
+            count += 1
+    layer = make_layer(M=1, E=4, topk=2, dtype=torch.bfloat16, device=device)
+    layer.topk_ids[0] = torch.tensor([2**40, -(2**40)], device=device)
+    assert not run_one_token(layer).any()
+    return count + 1
+
+
 def compiled(device: str, share: Share) -> int:
     """What inductor makes of finalize, map included."""
     count = 0
@@ -231,6 +246,7 @@ PARTS: dict[str, Callable[[str, Share], int]] = {
     "many_rows": many_rows,
     "quantized": quantized_gemms,
     "routing": routing,
+    "one_token": one_token,
     "compiled": compiled,
 }
 

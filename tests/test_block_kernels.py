@@ -154,7 +154,9 @@ softmax_topk static, softmax_topk dynamic, topk_softmax static, topk_softmax dyn
             """\
 a callable, a shared expert:
     rms_norm, mm, mm, route_and_sort_tokens, gather_gemm, scatter_gemm, silu, mm, weight_and_reduce + rms_norm
-one token, residual in float32, biases:
+one token:
+    rms_norm, mm, route_tokens, one_token_experts, rms_norm
+residual in float32, biases:
     rms_norm, mm, route_and_sort_tokens, gather_gemm, scatter_gemm, weight_and_reduce + rms_norm
 expert_map:
     rms_norm, mm, route_tokens, sort_tokens, gather_gemm, scatter_gemm, weight_and_reduce + rms_norm""",

@@ -55,7 +55,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
 
 def compile_launch(launch: Launch, capability: int, spills: int = 0) -> CompiledKernel:
     options = dict(launch.options)
-    compiler = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+    compiler = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     if "EARLY" in options:
         options["EARLY"] = capability >= 90
     compiled = compile_ahead(launch.kernel, launch.args, options, capability=capability, **compiler)

@@ -12,6 +12,7 @@ from compile_moe.lowering import fuse_epilogue, fuse_router, graph_passes, induc
 from compile_moe.lowering.scheduled_kernels import ScheduledKernel, scheduled_kernels
 from compile_moe.lowering.separate_kernels import separate_from_finalize
 from compile_moe.ops.gather_gemm import gather_gemm
+from compile_moe.ops.one_token_experts import one_token_experts
 from compile_moe.ops.registry import NAMESPACE
 from compile_moe.ops.route_and_sort_tokens import route_and_sort_tokens
 from compile_moe.ops.route_tokens import route_tokens
@@ -19,6 +20,7 @@ from compile_moe.ops.route_tokens import route_tokens
 _REFUSALS = tuple(module.refusals for module in (graph_passes, fuse_router, fuse_epilogue, inductor_compat))
 _ATEN = torch.ops.aten
 _PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default}
+_WITH_EPILOGUE = {gather_gemm, one_token_experts}
 _CHOICES = {_ATEN.topk.default, route_tokens, route_and_sort_tokens}
 
 
@@ -74,7 +76,7 @@ def _kernel(scheduled: ScheduledKernel) -> Kernel:
         return Kernel("generated", "", scheduled.operations)
     name = scheduled.name.removesuffix(".out")
     kind = "op" if name.startswith(f"{NAMESPACE}.") else "call"
-    epilogue = next((_epilogue(node) for node in scheduled.own if node.target is gather_gemm), "")
+    epilogue = next((_epilogue(node) for node in scheduled.own if node.target in _WITH_EPILOGUE), "")
     is_router_gemm = any(map(_is_router_gemm, scheduled.own))
     return Kernel(kind, name, scheduled.operations, epilogue, is_router_gemm)
 

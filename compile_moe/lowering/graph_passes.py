@@ -14,10 +14,11 @@ from compile_moe.lowering.fuse_router import fuse_router, fuse_router_and_sort
 from compile_moe.lowering.fusion_warning import warn_once
 from compile_moe.lowering.inductor_compat import GraphFunction, install_passes
 from compile_moe.lowering.refusals import Refusals, rehearsal
+from compile_moe.lowering.use_one_token_experts import use_one_token_experts
 from compile_moe.ops.registry import NAMESPACE
 
 #: In the order of their application.
-PASSES: tuple[GraphFunction, ...] = (fuse_router, fuse_router_and_sort, fuse_epilogue)
+PASSES: tuple[GraphFunction, ...] = (fuse_router, fuse_epilogue, use_one_token_experts, fuse_router_and_sort)
 
 
 #: Passes that raised, newest last; for those who want to explain a graph.

@@ -14,6 +14,7 @@ from compile_moe.ops.act_and_mul import act_and_mul
 from compile_moe.ops.batch_tokens import batch_tokens
 from compile_moe.ops.fused_moe import fused_moe, fused_moe_
 from compile_moe.ops.gather_gemm import gather_gemm
+from compile_moe.ops.one_token_experts import one_token_experts
 from compile_moe.ops.problem_size import _moe_problem_size
 from compile_moe.ops.quantize_tokens import quantize_tokens
 from compile_moe.ops.quantized_gather_gemm import quantized_gather_gemm
@@ -33,6 +34,7 @@ __all__ = [
     "fused_moe",
     "fused_moe_",
     "gather_gemm",
+    "one_token_experts",
     "quantize_tokens",
     "quantized_gather_gemm",
     "quantized_scatter_gemm",

@@ -78,6 +78,12 @@ def check_id_values(topk_ids: Tensor, num_experts: int, expert_map: Tensor | Non
         )
 
 
+def debug_check_id_values(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None) -> None:
+    """:func:`check_id_values` with COMPILE_MOE_DEBUG=1 in the environment, outside of captures."""
+    if os.environ.get("COMPILE_MOE_DEBUG") == "1" and not torch.cuda.is_current_stream_capturing():
+        check_id_values(topk_ids, num_experts, expert_map)
+
+
 def _torch(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None = None) -> tuple[Tensor, Tensor]:
     check_id_values(topk_ids, num_experts, expert_map)
     return sort_tokens_torch(topk_ids, num_experts, expert_map)
@@ -86,8 +92,7 @@ def _torch(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None = None)
 def _launch(
     outputs: tuple[Tensor, Tensor], topk_ids: Tensor, num_experts: int, expert_map: Tensor | None = None
 ) -> None:
-    if os.environ.get("COMPILE_MOE_DEBUG") == "1" and not torch.cuda.is_current_stream_capturing():
-        check_id_values(topk_ids, num_experts, expert_map)
+    debug_check_id_values(topk_ids, num_experts, expert_map)
     kernels.sort_tokens(*outputs, topk_ids, num_experts, expert_map)
 
 

@@ -22,7 +22,7 @@ CHUNK = 32
 
 
 @triton.jit
-def _local_expert(
+def local_expert(
     topk_ids_ptr,
     expert_map_ptr,
     slot,
@@ -71,7 +71,7 @@ def _sort_small(
     lane = tl.arange(0, BLOCK)
     if pid < slot_programs:
         slot = pid * BLOCK + lane
-        expert = _local_expert(
+        expert = local_expert(
             topk_ids_ptr,
             expert_map_ptr,
             slot,
@@ -87,7 +87,7 @@ def _sort_small(
         before_lanes = tl.zeros((BLOCK, CHUNK), dtype=tl.int32)
         for first in range(0, num_slots, CHUNK):
             other_slot = first + tl.arange(0, CHUNK)
-            other = _local_expert(
+            other = local_expert(
                 topk_ids_ptr,
                 expert_map_ptr,
                 other_slot,
@@ -109,7 +109,7 @@ def _sort_small(
         count_lanes = tl.zeros((BLOCK, CHUNK), dtype=tl.int32)
         for first in range(0, num_slots, CHUNK):
             other_slot = first + tl.arange(0, CHUNK)
-            other = _local_expert(
+            other = local_expert(
                 topk_ids_ptr,
                 expert_map_ptr,
                 other_slot,
@@ -145,7 +145,7 @@ def _block_histograms(
     """Slots of each block that go to each expert, by comparison."""
     block = tl.program_id(0)
     slot = block * BLOCK + tl.arange(0, BLOCK)
-    expert = _local_expert(
+    expert = local_expert(
         topk_ids_ptr,
         expert_map_ptr,
         slot,
@@ -204,7 +204,7 @@ def _scatter_slots(
     lane = tl.arange(0, BLOCK)
     slot = block * BLOCK + lane
     valid = slot < num_slots
-    expert = _local_expert(
+    expert = local_expert(
         topk_ids_ptr,
         expert_map_ptr,
         slot,
@@ -229,7 +229,7 @@ def _scatter_slots(
         running += tl.sum(total, 0)
     for first in range(0, BLOCK, CHUNK):
         other_slot = block * BLOCK + first + tl.arange(0, CHUNK)
-        other = _local_expert(
+        other = local_expert(
             topk_ids_ptr,
             expert_map_ptr,
             other_slot,
