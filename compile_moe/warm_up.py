@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compile_moe.activations import ActivationLike
+from compile_moe.activations import ActivationLike, resolve_activation
+from compile_moe.dtensor_weights import local_tensors
 from compile_moe.fused_experts import fused_experts
+from compile_moe.ops.one_token_experts import one_token_experts, serves
 from compile_moe.ops.registry import loading_everything
 from compile_moe.quant_config import FusedMoEQuantConfig
 
@@ -55,3 +57,38 @@ def warm_up(
             w2_bias=w2_bias,
             quant_config=quant_config,
         )
+        if quant_config is None:
+            _load_one_token(
+                hidden_states[:1],
+                w1,
+                w2,
+                topk_weights[:1],
+                topk_ids[:1],
+                expert_map,
+                w1_bias,
+                w2_bias,
+                activation,
+            )
+
+
+def _load_one_token(
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    w1_bias: Tensor | None,
+    w2_bias: Tensor | None,
+    activation: ActivationLike,
+) -> None:
+    """Load what compiled graphs of one token call, unless they compile an activation of their own."""
+    w1, w2, w1_bias, w2_bias = local_tensors(
+        None, ("w1", w1), ("w2", w2), ("w1_bias", w1_bias), ("w2_bias", w2_bias)
+    )
+    resolved = resolve_activation(activation, w1.size(1), hidden_states)
+    if resolved.function is not None or not serves(hidden_states, w1, w2, topk_ids.size(1)):
+        return
+    arguments = hidden_states, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias, resolved.epilogue
+    for round_weights in (False, True):
+        one_token_experts(*arguments, round_weights=round_weights)

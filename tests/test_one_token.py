@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import compile_moe
 from compile_moe.ops.epilogue import parse
+from compile_moe.ops.kernels.launch import _variant
 from compile_moe.ops.kernels.one_token import launches
 from compile_moe.ops.named_activations import program_text
 from tests.support.aot import CAPABILITIES
@@ -140,6 +142,18 @@ def test_kernels_of_a_block() -> None:
     assert len(generated.triton_kernels) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_weights(dtype: torch.dtype) -> None:
+    """As transformers' routers round them: to the tokens' dtype in the kernel, to another one in front of it."""
+
+    def rounded(x: Tensor, w1: Tensor, w2: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        return layer(x, w1, w2, weights.to(dtype), ids)
+
+    generated = generate(rounded)
+    assert generated.op_calls == ["one_token_experts"]
+    assert len(generated.triton_kernels) == (0 if dtype is torch.bfloat16 else 1)
+
+
 def test_on_a_cpu() -> None:
     """On a CPU a compiled layer of one token has stages as any other."""
     made = make_layer(M=1, dtype=torch.bfloat16)
@@ -172,6 +186,7 @@ def test_kernels_ahead_of_time(shape: str, transposed: bool, capability: int) ->
         program.triton_source(),
         program.layout,
         True,
+        not biased,
     )
     assert len(every) == (3 if transposed else 2)
     for launch in every:
@@ -179,12 +194,26 @@ def test_kernels_ahead_of_time(shape: str, transposed: bool, capability: int) ->
         compile_launch(launch, capability, spills=0 if capability == 90 else 48)
 
 
+def test_kernels_of_both_gemms_are_told_apart() -> None:
+    """Without an activation, and with the second GEMM in one part, they differ in nothing but their tensors."""
+    bf16 = {"dtype": torch.bfloat16}
+    out, w = empty(1, 4096, **bf16), empty(8, 4096, 4096, **bf16).transpose(1, 2)
+    weights, ids = empty(1, 4, dtype=torch.float32), empty(1, 4, dtype=torch.int64)
+    intermediate, parts = launches.scratch(out, w, 4)
+    assert parts is not None and parts.size(0) == 4
+    rest = (w, w, weights, ids, None, None, None, "", "ungated", True, False)
+    every = launches.launches_for(out, intermediate, parts, out, *rest)
+    assert len(every) == len(set(map(_variant, every))) == 3
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "case", ["plain", "biased", "mapped-int32-biased", "skipped", "ungated", "transposed-biased-swigluoai"]
 )
-def test_compiled_on_a_gpu(case: str) -> None:
-    """As accurate as PyTorch, also replayed as a CUDA graph with other inputs, and as the op says it is."""
+def test_compiled_on_a_gpu(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As accurate as PyTorch, also replayed as a CUDA graph with other inputs."""
+    # A module that its op hides.
+    monkeypatch.setattr(sys.modules["compile_moe.ops.one_token_experts"], "_FEWEST_BYTES_OF_COLUMNS", 0)
     sizes = {"M": 1, "K": 256, "I": 96, "dtype": torch.bfloat16, "device": "cuda"}
     made, other = (make_layer(**CASES[case] | sizes) for _ in range(2))
 

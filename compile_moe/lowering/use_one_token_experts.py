@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from compile_moe.lowering.graph_edits import call, erase_unused, operands, value_of
+from compile_moe.lowering.graph_edits import CAST, before_cast, call, erase_unused, operands, value_of
 from compile_moe.ops.gather_gemm import gather_gemm
 from compile_moe.ops.one_token_experts import one_token_experts, serves
 from compile_moe.ops.scatter_gemm import scatter_gemm
@@ -29,18 +29,24 @@ def use_one_token_experts(graph: fx.Graph) -> None:
         x, w1, w2, ids = map(value_of, (layer.hidden_states, layer.w1, layer.w2, layer.topk_ids))
         if not serves(x, w1, w2, ids.size(1)):
             continue
-        arguments = (layer.hidden_states, layer.w1, layer.w2, layer.topk_weights, layer.topk_ids)
+        weights = layer.topk_weights
+        # Rounded by the kernel, not by one of its own.
+        round_weights = weights.target is CAST and value_of(weights).dtype is x.dtype
+        if round_weights:
+            weights = before_cast(weights)
+        arguments = (layer.hidden_states, layer.w1, layer.w2, weights, layer.topk_ids)
         options = {
             "expert_map": layer.expert_map,
             "w1_bias": layer.w1_bias,
             "w2_bias": layer.w2_bias,
             "epilogue": layer.epilogue,
             "apply_weights": layer.apply_weights,
+            "round_weights": round_weights,
         }
         with graph.inserting_before(reduce):
             experts = call(graph, one_token_experts, arguments, options, reduce)
         reduce.replace_all_uses_with(experts)
-        erase_unused(graph, {reduce, *layer.stages})
+        erase_unused(graph, {reduce, *layer.stages, layer.topk_weights})
 
 
 class _Layer(NamedTuple):
@@ -75,6 +81,7 @@ def _layer_before(reduce: fx.Node) -> _Layer | None:
         or (down["sorted_slots"], down["expert_offsets"]) != (slots, offsets)
         or (final["topk_ids"], final["expert_map"]) != (order["topk_ids"], order["expert_map"])
         or final["num_experts"] != order["num_experts"]
+        or not up["topk"] == down["topk"] == value_of(order["topk_ids"]).size(1)
     ):
         return None
     return _Layer(

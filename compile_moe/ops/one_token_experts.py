@@ -9,6 +9,7 @@ Args:
     w1_bias: (E, N), w2_bias: (E, K), or None.
     epilogue: program text, or "" for none.
     apply_weights: False sums without weighting.
+    round_weights: topk_weights are rounded to hidden_states' dtype before they are applied.
 
 Returns:
     (1, K) in hidden_states' dtype, contiguous. The rows between the GEMMs are rounded to it; what the experts return is
@@ -17,6 +18,7 @@ Returns:
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from compile_moe.ops.epilogue import parse
@@ -24,7 +26,7 @@ from compile_moe.ops.fused_moe import check_biases, check_call, check_experts, c
 from compile_moe.ops.gather_gemm import gather_gemm
 from compile_moe.ops.kernels.one_token import launches as kernels
 from compile_moe.ops.kernels.tiles import is_vectorized
-from compile_moe.ops.problem_size import check_same, require, shape
+from compile_moe.ops.problem_size import check_same, check_weight, require, shape
 from compile_moe.ops.registry import OutputSpec, define_op
 from compile_moe.ops.scatter_gemm import scatter_gemm
 from compile_moe.ops.sort_tokens import debug_check_id_values, sort_tokens
@@ -49,6 +51,7 @@ def serves(hidden_states: Tensor, w1: Tensor, w2: Tensor, topk: int) -> bool:
     has_columns = any(map(kernels.is_transposed, (w1, w2)))
     return (
         w1.element_size() == 2
+        and num_bytes > 0
         and all(1 in w.stride()[1:] and is_vectorized(hidden_states, w) for w in (w1, w2))
         and 2 <= topk <= kernels.MOST_EXPERTS
         and (_FEWEST_BYTES_OF_COLUMNS if has_columns else 0) <= num_bytes <= _MOST_BYTES
@@ -66,6 +69,7 @@ def _check(
     w2_bias: Tensor | None = None,
     epilogue: str = "",
     apply_weights: bool = True,
+    round_weights: bool = False,
 ) -> None:
     check_call(hidden_states, w1, w2, topk_weights, topk_ids, expert_map, False)
     require(
@@ -74,6 +78,8 @@ def _check(
             f"hidden_states must be one token (1, K), got {shape(hidden_states)}; call fused_moe for more"
         ),
     )
+    check_weight("w1", "(E, N, K)", w1)
+    check_weight("w2", "(E, K, I)", w2)
     check_experts(hidden_states, w1, w2, topk_ids, -1, expert_map)
     check_same("hidden_states", hidden_states, w1=w1, w2=w2, w1_bias=w1_bias, w2_bias=w2_bias)
     check_biases(w1, w2, w1_bias, w2_bias)
@@ -95,14 +101,19 @@ def _torch(
     w2_bias: Tensor | None = None,
     epilogue: str = "",
     apply_weights: bool = True,
+    round_weights: bool = False,
 ) -> Tensor:
     num_experts, topk = w1.size(0), topk_ids.size(1)
-    slots, offsets = sort_tokens(topk_ids, num_experts, expert_map)
-    rows = gather_gemm(hidden_states, w1, slots, offsets, topk, w1_bias, epilogue)
-    fused_out = scatter_gemm(rows, w2, slots, offsets, 1, topk, w2_bias)
-    reduced: Tensor = weight_and_reduce(
-        fused_out, topk_weights, topk_ids, expert_map, num_experts, apply_weights
-    )
+    if round_weights:
+        topk_weights = topk_weights.to(hidden_states.dtype)
+    # What autocast would cast it has cast by now, or leaves alone.
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        slots, offsets = sort_tokens(topk_ids, num_experts, expert_map)
+        rows = gather_gemm(hidden_states, w1, slots, offsets, topk, w1_bias, epilogue)
+        fused_out = scatter_gemm(rows, w2, slots, offsets, 1, topk, w2_bias)
+        reduced: Tensor = weight_and_reduce(
+            fused_out, topk_weights, topk_ids, expert_map, num_experts, apply_weights
+        )
     return reduced
 
 
@@ -118,6 +129,7 @@ def _launch(
     w2_bias: Tensor | None = None,
     epilogue: str = "",
     apply_weights: bool = True,
+    round_weights: bool = False,
 ) -> None:
     debug_check_id_values(topk_ids, w1.size(0), expert_map)
     program = parse(epilogue) if epilogue else None
@@ -134,13 +146,14 @@ def _launch(
         program.triton_source() if program else "",
         program.layout if program else "ungated",
         apply_weights,
+        round_weights,
     )
 
 
 one_token_experts = define_op(
     "one_token_experts",
     "Tensor hidden_states, Tensor w1, Tensor w2, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map=None, "
-    'Tensor? w1_bias=None, Tensor? w2_bias=None, str epilogue="", bool apply_weights=True',
+    'Tensor? w1_bias=None, Tensor? w2_bias=None, str epilogue="", bool apply_weights=True, bool round_weights=False',
     ("out",),
     check=_check,
     outputs=_outputs,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -51,12 +53,35 @@ def test_no_expert() -> None:
 
 def test_ids_far_out_of_range() -> None:
     layer = make_layer(M=1, E=4, topk=2, dtype=torch.float32)
-    kept = run_layer(layer)
-    layer.topk_ids[0, 1] = 2**40
-    layer.topk_weights[0, 1] = 0
-    alone = run_layer(layer)
-    assert alone.isfinite().all()
-    assert not torch.equal(alone, kept)
+    results = []
+    for skipped in (-1, 2**40, -(2**40), 2**32, 4):
+        layer.topk_ids[0, 1] = skipped
+        results.append(run_layer(layer))
+    assert_as_accurate(results[0], layer)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("case", ["plain", "transposed"])
+def test_weights_are_rounded_on_request(case: str) -> None:
+    layer = make_layer(**CASES[case] | {"M": 1}, dtype=torch.bfloat16)
+    rounded = run_layer(replace(layer, topk_weights=layer.topk_weights.bfloat16()))
+    assert torch.equal(launch(one_token_experts, *arguments_of(layer, round_weights=True)), rounded)
+    assert not torch.equal(run_layer(layer), rounded)
+
+
+@pytest.mark.parametrize("case", ["plain", "transposed"])
+def test_no_columns_between_the_gemms(case: str) -> None:
+    layer = make_layer(**CASES[case] | {"M": 1}, dtype=torch.bfloat16)
+    layer = replace(layer, w1=layer.w1[:, :0], w2=layer.w2[:, :, :0])
+    assert torch.equal(run_layer(layer), torch.zeros_like(layer.hidden_states))
+
+
+def test_both_gemms_by_one_kernel() -> None:
+    """Of weights whose columns lie in one piece, without an activation."""
+    layer = make_layer(**CASES["transposed"] | {"M": 1, "topk": 3, "activation": "silu_no_mul"})
+    x, w1, w2, weights, ids, *_ = arguments_of(layer)
+    out = launch(one_token_experts, x, w1, w2, weights, ids)
+    assert_as_accurate(out, replace(layer, activation=None, function=lambda gate_up: gate_up))
 
 
 def test_parts_without_steps() -> None:

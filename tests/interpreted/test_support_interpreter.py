@@ -212,3 +212,21 @@ def test_function_as_constant():
     x, out = torch.randn(N), torch.empty(N)
     _launch(_apply, x, out, FUNCTION=_double, N=N)
     torch.testing.assert_close(out, x * 3)
+
+
+@triton.jit
+def _unrolled(out_ptr, start, end):
+    total = 0
+    for i in tl.range(start, end, 4, loop_unroll_factor=2):
+        total += i
+    tl.store(out_ptr, total)
+
+
+def test_unrolled_loops_do_not_run_backwards():
+    out = torch.zeros(1, dtype=torch.int32)
+    _launch(_unrolled, out, 4, 12)
+    assert out.item() == 4 + 8
+    _launch(_unrolled, out, 4, 1)
+    assert out.item() == 0
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="can't be unrolled"):
+        _launch(_unrolled, out, 8, 1)

@@ -56,6 +56,7 @@ def repair() -> None:
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
     repair_floats(shipped)
     _repair_scalars(shipped)
+    _check_unrolled_loops(shipped)
     check_bounds(shipped)
     add_libdevice(shipped)
 
@@ -97,3 +98,22 @@ def _repair_scalars(shipped: Any) -> None:
         return block
 
     shipped.InterpreterBuilder.create_splat = create_splat
+
+
+def _check_unrolled_loops(shipped: Any) -> None:
+    """Refuse what a loop that is unrolled gets wrong: MLIR divides what lies between its bounds without a sign."""
+    shipped_patch = shipped._patch_lang_core
+
+    def patch_core(lang: Any, scope: Any) -> None:
+        shipped_patch(lang, scope)
+        shipped_range = lang.range
+
+        def checked_range(*bounds: Any, loop_unroll_factor: int = 1, **options: Any) -> range:
+            loop: range = shipped_range(*bounds, **options)
+            backwards = loop.stop - loop.start + loop.step - 1 < 0
+            assert loop_unroll_factor == 1 or not backwards, f"{loop} can't be unrolled"
+            return loop
+
+        scope.set_attr(lang, "range", checked_range)
+
+    shipped._patch_lang_core = patch_core

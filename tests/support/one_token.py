@@ -12,14 +12,26 @@ from compile_moe.ops.named_activations import program_text
 from tests.support.oracle import Layer
 
 
-def arguments_of(layer: Layer) -> tuple[Any, ...]:
-    """Arguments of the op."""
+def arguments_of(layer: Layer, round_weights: bool = False) -> tuple[Any, ...]:
+    """Arguments of the op, whose weights the layer has rounded if they are rounded."""
     x, w1, w2, weights, ids = layer.args
     on_input = layer.apply_router_weight_on_input
     if on_input:
         x = weight_input(x, weights)
     program = program_text(layer.activation)
-    return (x, w1, w2, weights, ids, layer.expert_map, layer.w1_bias, layer.w2_bias, program, not on_input)
+    return (
+        x,
+        w1,
+        w2,
+        weights,
+        ids,
+        layer.expert_map,
+        layer.w1_bias,
+        layer.w2_bias,
+        program,
+        not on_input,
+        round_weights,
+    )
 
 
 def run_one_token(layer: Layer) -> Tensor:

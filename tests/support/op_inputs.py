@@ -70,6 +70,7 @@ def stage_inputs(layer: Layer) -> dict[str, tuple[Any, ...]]:
             layer.w2_bias,
             epilogue,
             True,
+            True,
         ),
         "sort_batch": (counts, 3),
         "batch_tokens": (tokens, *to_all, topk, max(1, m)),

@@ -27,7 +27,7 @@ def rows_kernel(
     num_experts,
     num_columns,  # of the result: half of the rows of weights where there is a gate
     depth,
-    stride_xs,  # of a slot; 0 where all have the same token
+    stride_xs,  # of a slot; not of the first GEMM, where all have the same token
     stride_xk,
     stride_ij,
     stride_we,
@@ -39,6 +39,7 @@ def rows_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_MAP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    IN_PARTS: tl.constexpr,  # the result is one of the second GEMM, which has other strides and another dtype
     SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -78,7 +79,8 @@ def rows_kernel(
     k = tl.arange(0, BLOCK_K)
     w_ptr += expert.to(tl.int64) * stride_we
     w_offsets = w_row[:, None] * stride_wn + k[None, :] * stride_wk
-    x_ptr += slot.to(tl.int64) * stride_xs
+    if IN_PARTS:
+        x_ptr += slot.to(tl.int64) * stride_xs
     if TRANSPOSED:
         x_ptrs = x_ptr + k * stride_xk
     else:
@@ -91,7 +93,8 @@ def rows_kernel(
     if SPLITS > 1:
         steps = tl.cdiv(tl.cdiv(depth, BLOCK_K), SPLITS)
         start_k = split * steps * BLOCK_K
-        end_k = tl.minimum(start_k + steps * BLOCK_K, depth)
+        # Not before the start: loops are unrolled as if they had no negative number of steps.
+        end_k = tl.maximum(tl.minimum(start_k + steps * BLOCK_K, depth), start_k)
     for first_k in tl.range(start_k, end_k, BLOCK_K, loop_unroll_factor=UNROLLED):
         # Sums with the first pointers: of pointers that a loop carries, Triton 3.6 doesn't see that rows are in one
         # piece. Of columns, the sums are of 64 bits in each thread and take 70 registers more, unless they come last.
@@ -140,6 +143,7 @@ def sum_kernel(
     stride_tj,
     stride_ij,
     APPLY_WEIGHTS: tl.constexpr,
+    ROUND_WEIGHTS: tl.constexpr,
     HAS_MAP: tl.constexpr,
     SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -168,7 +172,10 @@ def sum_kernel(
     x_ptrs = x_ptr + part.to(tl.int64)[:, None] * num_columns + column[None, :]
     y = tl.load(x_ptrs, mask=valid[:, None] & mask[None, :], other=0.0)
     if APPLY_WEIGHTS:
-        y *= tl.load(topk_weights_ptr + slot * stride_tj, mask=valid, other=0.0).to(tl.float32)[:, None]
+        weight = tl.load(topk_weights_ptr + slot * stride_tj, mask=valid, other=0.0)
+        if ROUND_WEIGHTS:
+            weight = weight.to(out_ptr.dtype.element_ty)
+        y *= weight.to(tl.float32)[:, None]
     tl.store(out_ptr + column, tl.sum(y, 0).to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -194,6 +201,7 @@ def down_kernel(
     stride_be,
     stride_bn,
     APPLY_WEIGHTS: tl.constexpr,
+    ROUND_WEIGHTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MAP: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -203,6 +211,7 @@ def down_kernel(
     EVEN_K: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    """The weighted sum of a few columns of all experts' results."""
     lane = tl.arange(0, SLOTS * BLOCK_N)
     slot = lane // BLOCK_N
     column = tl.program_id(0) * BLOCK_N + lane % BLOCK_N
@@ -229,7 +238,7 @@ def down_kernel(
     x_ptrs = x_ptr + slot.to(tl.int64)[:, None] * depth + k[None, :]
     x = tl.load(x_ptrs, mask=valid[:, None] & (k < depth)[None, :], other=0.0)
     acc = w.to(tl.float32) * x.to(tl.float32)
-    for first_k in tl.range(BLOCK_K, depth, BLOCK_K, loop_unroll_factor=UNROLLED):
+    for first_k in tl.range(BLOCK_K, tl.maximum(depth, BLOCK_K), BLOCK_K, loop_unroll_factor=UNROLLED):
         w_mask = mask[:, None]
         x_mask = valid[:, None]
         if not EVEN_K:
@@ -242,7 +251,10 @@ def down_kernel(
     if HAS_BIAS:
         y += tl.load(bias_ptr + expert * stride_be + column * stride_bn, mask=mask, other=0.0).to(tl.float32)
     if APPLY_WEIGHTS:
-        y *= tl.load(topk_weights_ptr + slot * stride_tj, mask=valid, other=0.0).to(tl.float32)
+        weight = tl.load(topk_weights_ptr + slot * stride_tj, mask=valid, other=0.0)
+        if ROUND_WEIGHTS:
+            weight = weight.to(out_ptr.dtype.element_ty)
+        y *= weight.to(tl.float32)
     y = tl.sum(tl.reshape(tl.where(valid, y, 0.0), (SLOTS, BLOCK_N)), 0)
     out_column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tl.store(out_ptr + out_column, y.to(out_ptr.dtype.element_ty), mask=out_column < num_columns)

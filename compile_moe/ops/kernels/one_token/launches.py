@@ -56,7 +56,7 @@ def down_blocks(problem: Problem) -> Blocks:
     """Of ``down_kernel``: two rows of weights of each expert."""
     rows = 2 * triton.next_power_of_2(problem.topk)
     elements, most = (_ELEMENTS // 4, 128) if problem.vectorized else (_FEWER_ELEMENTS, 32)
-    return Blocks(rows, max(elements // rows, min(most, _ELEMENTS // rows)), 4)
+    return Blocks(rows, max(elements // rows, min(most, _ELEMENTS // rows), 16), 4)
 
 
 def num_splits(problem: Problem) -> int:
@@ -90,6 +90,7 @@ def launches_for(
     epilogue_body: str,
     layout: str,
     apply_weights: bool,
+    round_weights: bool,
 ) -> tuple[Launch, ...]:
     """The launches in order.
 
@@ -118,7 +119,7 @@ def launches_for(
             *sizes,
             num_columns,
             depth,
-            0 if x.size(0) == 1 else x.stride(0),
+            x.size(1),
             x.stride(1),
             topk_ids.stride(1),
             *w.stride(),
@@ -129,6 +130,7 @@ def launches_for(
             "HAS_BIAS": bias is not None,
             "HAS_MAP": has_map,
             "TRANSPOSED": is_transposed(w),
+            "IN_PARTS": result is parts,
             "SPLITS": splits,
             "BLOCK_N": block_n,
             "BLOCK_K": blocks.block_k,
@@ -139,7 +141,8 @@ def launches_for(
             "maxnreg": _REGISTERS[blocks.unrolled],
             **compiler,
         }
-        grid = (triton.cdiv(num_columns, block_n), topk * splits)
+        # At least one: the kernel behind it counts on its having waited.
+        grid = (max(1, triton.cdiv(num_columns, block_n)), topk * splits)
         return Launch(with_epilogue(rows_kernel, body), grid, args, options)
 
     first = rows_launch(intermediate, hidden_states, w1, w1_bias, epilogue_body, layout, 1)
@@ -151,6 +154,7 @@ def launches_for(
             (out, parts, topk_weights, *ids, *sizes, num_columns, topk_weights.stride(1), topk_ids.stride(1)),
             {
                 "APPLY_WEIGHTS": apply_weights,
+                "ROUND_WEIGHTS": round_weights,
                 "HAS_MAP": has_map,
                 "SPLITS": splits,
                 "PARTS": triton.next_power_of_2(topk * splits),
@@ -178,6 +182,7 @@ def launches_for(
     )
     options = {
         "APPLY_WEIGHTS": apply_weights,
+        "ROUND_WEIGHTS": round_weights,
         "HAS_BIAS": w2_bias is not None,
         "HAS_MAP": has_map,
         "SLOTS": slots,
@@ -208,7 +213,7 @@ def one_token_experts(out: Tensor, *arguments: Any) -> None:
 def _plan(*arguments: Any) -> Plan:
     """Arguments: those of :func:`launches_for`."""
     launches = launches_for(*arguments)
-    *_, epilogue_body, _, _ = arguments
+    *_, epilogue_body, _, _, _ = arguments
     described = (
         pointer_key(argument) if isinstance(argument, Tensor) else argument
         for each in launches
