@@ -161,10 +161,18 @@ def test_on_a_cpu() -> None:
     assert names[:3] == [f"compile_moe.{name}" for name in STAGES]
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+#: Elsewhere than on Hopper what takes the most registers: the biased shape, and elements that are loaded one by one.
+COMPILED = [
+    (shape, capability)
+    for shape in SHAPES
+    for capability in CAPABILITIES
+    if capability == 90 or shape in ("gpt-oss-120b", "odd")
+]
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_kernels_ahead_of_time(shape: str, transposed: bool, capability: int) -> None:
+@pytest.mark.parametrize(("shape", "capability"), COMPILED)
+def test_kernels_ahead_of_time(shape: str, capability: int, transposed: bool) -> None:
     e, topk, k, i = SHAPES[shape]
     biased = shape == "gpt-oss-120b"
     program = parse(program_text("swigluoai" if biased else "silu"))
