@@ -21,6 +21,7 @@ from compile_moe.ops.kernels.tiles import (
     WARP_SPECIALIZED_FROM,
     WARP_SPECIALIZED_TILES,
     DeviceLimits,
+    Tile,
 )
 from compile_moe.ops.kernels.warp_specialized import row_tiles
 from compile_moe.ops.named_activations import program_text
@@ -199,6 +200,28 @@ def test_they_load_at_the_first_call_of_many_rows_or_in_the_warm_up(monkeypatch:
         fewer.w1, fewer.w2 = others.w1, others.w2
         gemms(fewer)
         assert gpu.launched[-2:] == ["gather_gemm_kernel", "scatter_gemm_kernel"]
+
+
+@pytest.mark.parametrize("tuned", [200, 400])
+def test_they_load_with_more_rows_that_were_tuned_to_take_others(
+    tuned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of tuned tiles, or because nothing was tuned for so few rows."""
+    for module in (row_tiles, tuned_tiles):
+        monkeypatch.setattr(module, "device_limits", lambda index: HOPPER)
+    other = Tile(64, 32, 64, 3, 4)
+    monkeypatch.setattr(tuned_tiles, "_tuned_tiles", lambda *_: {2048: other, tuned: WARP_SPECIALIZED})
+    many, fewer = (make_layer(M=m, K=64, I=32, E=4, dtype=torch.bfloat16) for m in (1024, 260))
+    fewer.w1, fewer.w2 = many.w1, many.w2
+    with simulated_gpu() as gpu:
+        gemms(many)
+        assert gpu.launched == ["gather_gemm_kernel", "scatter_gemm_kernel"]
+        gpu.capturing = True
+        gpu.launched.clear()
+        gemms(fewer)
+        assert gpu.launched == [
+            f"{name}_kernel" for name in ("row_tiles", "gather_gemm", "row_tiles", "scatter_gemm")
+        ]
 
 
 def test_few_rows_take_other_tiles(always: None, monkeypatch: pytest.MonkeyPatch) -> None:

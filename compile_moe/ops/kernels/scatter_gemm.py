@@ -212,9 +212,9 @@ def _plan(*arguments: Any) -> Plan:
     """Arguments: those of :func:`launches_for` behind the tile."""
     out, _, w2, _, _, bias, zero_skipped, precision, _ = arguments
     problem = problem_of(*arguments)
-    tile, candidates = tile_choice(problem, out.size(0), out.device.index)
+    choice = tile_choice(problem, out.size(0), out.device.index)
     # The arguments that code depends on are those of every tile.
-    like = launch_for(candidates[0], *arguments[:-1])
+    like = launch_for(choice.candidates[0], *arguments[:-1])
     key = (
         "scatter_gemm",
         zero_skipped,
@@ -225,4 +225,4 @@ def _plan(*arguments: Any) -> Plan:
         like.args[11:],
         *map(pointer_key, like.args[:6]),
     )
-    return plan_of(key, tile, candidates, lambda each: launches_for(each, *arguments))
+    return plan_of(key, choice, lambda each: launches_for(each, *arguments))

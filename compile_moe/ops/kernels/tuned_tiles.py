@@ -34,10 +34,14 @@ class TunedTilesWarning(UserWarning):
 
 
 class TileChoice(NamedTuple):
-    """A tile, and all that other numbers of slots would choose for the same problem."""
+    """A tile, and all that other numbers of slots would choose for the same problem.
+
+    fewer_are_special: fewer slots may choose a warp-specialized tile, and these don't.
+    """
 
     tile: Tile
     candidates: tuple[Tile, ...]
+    fewer_are_special: bool = False
 
 
 def tile_choice(problem: GemmProblem, num_slots: int, device_index: int | None) -> TileChoice:
@@ -45,11 +49,18 @@ def tile_choice(problem: GemmProblem, num_slots: int, device_index: int | None) 
     by_heuristic = heuristic_choice(problem, num_slots, device_index)
     tuned = _tuned_tiles(problem, device_index)
     nearest = _nearest(tuned, num_slots)
-    if nearest and nearest.warp_specialized and num_slots < WARP_SPECIALIZED_FROM * problem.num_experts:
+    special_from = WARP_SPECIALIZED_FROM * problem.num_experts
+    if nearest and nearest.warp_specialized and num_slots < special_from:
         nearest = None
+    tile = nearest or by_heuristic.tile
+    fewer_are_special = num_slots >= special_from and (
+        by_heuristic.tile.warp_specialized
+        or any(each.warp_specialized and slots <= _REACH * num_slots for slots, each in tuned.items())
+    )
     return TileChoice(
-        nearest or by_heuristic.tile,
+        tile,
         tuple(dict.fromkeys([*by_heuristic.candidates, *tuned.values()])),
+        fewer_are_special and not tile.warp_specialized,
     )
 
 
@@ -74,25 +85,27 @@ def heuristic_choice(problem: GemmProblem, num_slots: int, device_index: int | N
 
 def plan_of(
     key: tuple[Hashable, ...],
-    tile: Tile,
-    candidates: tuple[Tile, ...],
+    choice: TileChoice,
     launches_for: Callable[[Tile], tuple[Launch, ...]],
 ) -> Plan:
-    """Launches with ``tile``. The warp-specialized kernels, which take seconds to compile, load with the first call of
-    so many rows that it needs them, the others with any call.
+    """Launches with the chosen tile. The warp-specialized kernels, which take seconds to compile, load with the first
+    call of so many rows that it needs them, or fewer would; the others with any call.
     """
 
     def plan(warp_specialized: bool, launches: tuple[Launch, ...] = ()) -> Plan:
         def variants() -> list[Launch]:
-            tiles = [each for each in candidates if each.warp_specialized == warp_specialized]
+            tiles = [each for each in choice.candidates if each.warp_specialized == warp_specialized]
             return [launch for each in tiles for launch in launches_for(each)]
 
         return Plan((*key, warp_specialized), launches, variants)
 
-    if tile.warp_specialized:
-        return plan(True, launches_for(tile))._replace(others=(plan(False),))
-    costly = any(each.warp_specialized for each in candidates)
-    return plan(False, launches_for(tile))._replace(costly_others=(plan(True),) if costly else ())
+    launches = launches_for(choice.tile)
+    if choice.tile.warp_specialized:
+        return plan(True, launches)._replace(others=(plan(False),))
+    if choice.fewer_are_special:
+        return plan(False, launches)._replace(others=(plan(True),))
+    costly = any(each.warp_specialized for each in choice.candidates)
+    return plan(False, launches)._replace(costly_others=(plan(True),) if costly else ())
 
 
 def device_name(device_index: int | None) -> str | None:

@@ -280,9 +280,9 @@ def _plan(*arguments: Any) -> Plan:
     """Arguments: those of :func:`launches_for` behind the tile."""
     out, x, _, w1, w1_scale, w1_zp, _, _, topk, *rest = arguments
     weight_format, bias, body, layout, zero_skipped, precision, _ = rest
-    tile, candidates = tile_choice(x, w1, w1_scale, out, weight_format, layout != "ungated")
+    choice = tile_choice(x, w1, w1_scale, out, weight_format, layout != "ungated")
     # The arguments that code depends on are those of every tile.
-    like = launch_for(candidates[0], *arguments[:-1])
+    like = launch_for(choice.candidates[0], *arguments[:-1])
     key = (
         "quantized_gather_gemm",
         weight_format,
@@ -294,8 +294,8 @@ def _plan(*arguments: Any) -> Plan:
         w1_zp is not None,
         topk,
         tuple(w1.shape),
-        candidates,
+        choice.candidates,
         like.args[_NUM_BEFORE_SIZES:],
         *map(pointer_key, like.args[:_NUM_POINTERS]),
     )
-    return plan_of(key, tile, candidates, lambda each: launches_for(each, *arguments))
+    return plan_of(key, choice, lambda each: launches_for(each, *arguments))

@@ -230,9 +230,9 @@ def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
 def _plan(*arguments: Any) -> Plan:
     """Arguments: those of :func:`launches_for` behind the tile."""
     out, x, _, w2, w2_scale, w2_zp, _, _, weight_format, bias, zero_skipped, precision, _ = arguments
-    tile, candidates = tile_choice(x, w2, w2_scale, out, weight_format, False)
+    choice = tile_choice(x, w2, w2_scale, out, weight_format, False)
     # The arguments that code depends on are those of every tile.
-    like = launch_for(candidates[0], *arguments[:-1])
+    like = launch_for(choice.candidates[0], *arguments[:-1])
     key = (
         "quantized_scatter_gemm",
         weight_format,
@@ -241,8 +241,8 @@ def _plan(*arguments: Any) -> Plan:
         bias is not None,
         w2_zp is not None,
         tuple(w2.shape),
-        candidates,
+        choice.candidates,
         like.args[_NUM_BEFORE_SIZES:],
         *map(pointer_key, like.args[:_NUM_POINTERS]),
     )
-    return plan_of(key, tile, candidates, lambda each: launches_for(each, *arguments))
+    return plan_of(key, choice, lambda each: launches_for(each, *arguments))
