@@ -29,7 +29,7 @@ def warm_up(
 ) -> None:
     """Compile and load every kernel that ``fused_experts`` with these weights can launch, for any number of tokens.
 
-    One small call of the layer, of contiguous tokens at an address that 16 divides, as torch allocates them. Inside a
+    Small calls of the layer, of contiguous tokens at an address that 16 divides, as torch allocates them. Inside a
     CUDA graph capture nothing may compile, so call this, or the layer itself with at least as many tokens, before
     capturing. Layers in the batched format launch other kernels: call them once instead.
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from compile_moe.lowering.graph_edits import arguments_of
 from compile_moe.lowering.refusals import Refusals
 from compile_moe.ops.aten_vocabulary import (
     described,
@@ -27,23 +28,13 @@ from compile_moe.ops.scatter_gemm import scatter_gemm
 #: Why the pass left a GEMM alone, newest last; for those who want to explain a graph.
 refusals = Refusals()
 
-_ARGUMENTS = (
-    "hidden_states",
-    "w1",
-    "sorted_slots",
-    "expert_offsets",
-    "topk",
-    "bias",
-    "epilogue",
-    "zero_skipped",
-)
-
 
 def fuse_epilogue(graph: fx.Graph) -> None:
     """Rewrite every ``gather_gemm`` of ``graph`` whose region behind it an epilogue can hold."""
     for gemm in graph.find_nodes(op="call_function", target=gather_gemm):
-        arguments = dict(zip(_ARGUMENTS, gemm.args, strict=False)) | gemm.kwargs
-        if arguments.get("epilogue", ""):
+        arguments = arguments_of(gemm, gather_gemm)
+        assert arguments is not None, "it is a call of gather_gemm"
+        if arguments["epilogue"]:
             continue
         try:
             _fuse(graph, gemm, arguments)
@@ -63,7 +54,7 @@ def _fuse(graph: fx.Graph, gemm: fx.Node, arguments: dict[str, Any]) -> None:
         raise NotPointwise(f"w1 has a dynamic number of columns, {num_columns}")
     end, program = _largest_region(gemm)
     read_by_scatter_only = all(user.target is scatter_gemm and user.args[0] is end for user in end.users)
-    if arguments.get("zero_skipped", False) and not read_by_scatter_only:
+    if arguments["zero_skipped"] and not read_by_scatter_only:
         # Rows of skipped slots would hold zeros instead of the activation of zeros.
         raise NotPointwise(f"{described(end)} has users that may read the rows of skipped slots")
     region = _in_order(graph, {*sources_of(end, gemm), end})

@@ -15,6 +15,7 @@ from compile_moe.lowering.expert_groups import Groups, groups_behind
 from compile_moe.lowering.flat_rows import as_rows, in_place_of
 from compile_moe.lowering.graph_edits import (
     ATEN,
+    arguments_of,
     as_dtype,
     before_cast,
     before_float32,
@@ -114,9 +115,8 @@ def fuse_router(graph: fx.Graph, device_type: str = "cuda") -> None:
 def fuse_router_and_sort(graph: fx.Graph) -> None:
     """Merge ``route_tokens`` with the ``sort_tokens`` of its ids into ``route_and_sort_tokens``."""
     for sort in graph.find_nodes(op="call_function", target=sort_tokens):
-        arguments = (
-            dict(zip(("topk_ids", "num_experts", "expert_map"), sort.args, strict=False)) | sort.kwargs
-        )
+        arguments = arguments_of(sort, sort_tokens)
+        assert arguments is not None, "it is a call of sort_tokens"
         ids = before_cast(arguments["topk_ids"])
         routing = _routing_of(ids)
         refusal = _no_merge(ids, routing, arguments)
@@ -155,7 +155,7 @@ def _no_merge(ids: fx.Node, routing: fx.Node | None, arguments: dict[str, Any]) 
         return ""
     logits: Any = routing.args[0] if routing.args else routing.kwargs["router_logits"]
     num_experts = logits.meta["val"].size(1)
-    if arguments.get("expert_map") is not None:
+    if arguments["expert_map"] is not None:
         return "an expert_map sends ids to local experts, which the router doesn't know of"
     if arguments["num_experts"] != num_experts:
         return f"it sorts by {arguments['num_experts']} experts, the router chooses from {num_experts}"

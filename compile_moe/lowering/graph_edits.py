@@ -31,6 +31,15 @@ def value_of(node: fx.Node) -> Tensor:
     return value
 
 
+def arguments_of(node: Any, op: torch._ops.OpOverload) -> dict[str, Any] | None:
+    """The arguments of a call of ``op`` by name, defaults included; None of anything else."""
+    if not isinstance(node, fx.Node) or node.target is not op:
+        return None
+    parameters = op._schema.arguments
+    given = dict(zip((p.name for p in parameters), node.args, strict=False)) | node.kwargs
+    return {p.name: p.default_value for p in parameters} | given
+
+
 def operands(node: Any, target: Any) -> tuple[Any, Any]:
     """The first two arguments of a call of ``target``; None, None of anything else."""
     if not isinstance(node, fx.Node) or node.target is not target or node.kwargs or not node.args:

@@ -7,12 +7,19 @@ stages is in GEMM 1's epilogue by now.
 from __future__ import annotations
 
 import operator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import fx
 
-from compile_moe.lowering.graph_edits import CAST, before_cast, call, erase_unused, operands, value_of
+from compile_moe.lowering.graph_edits import (
+    CAST,
+    arguments_of,
+    before_cast,
+    call,
+    erase_unused,
+    operands,
+    value_of,
+)
 from compile_moe.ops.gather_gemm import gather_gemm
 from compile_moe.ops.one_token_experts import one_token_experts, serves
 from compile_moe.ops.scatter_gemm import scatter_gemm
@@ -65,15 +72,15 @@ class _Layer(NamedTuple):
 
 def _layer_before(reduce: fx.Node) -> _Layer | None:
     """The layer that ``reduce`` ends, if its slots are of one sort and nothing else reads what lies between."""
-    final = _arguments(reduce, weight_and_reduce)
-    down = _arguments(final and final["fused_out"], scatter_gemm)
-    up = _arguments(down and down["intermediate"], gather_gemm)
+    final = arguments_of(reduce, weight_and_reduce)
+    down = arguments_of(final and final["fused_out"], scatter_gemm)
+    up = arguments_of(down and down["intermediate"], gather_gemm)
     if final is None or down is None or up is None:
         return None
     between = final["fused_out"], down["intermediate"]
     slots, offsets = up["sorted_slots"], up["expert_offsets"]
     (sort, first), (same_sort, second) = (operands(node, operator.getitem) for node in (slots, offsets))
-    order = _arguments(sort, sort_tokens)
+    order = arguments_of(sort, sort_tokens)
     if (
         order is None
         or any(len(node.users) != 1 for node in between)
@@ -97,12 +104,3 @@ def _layer_before(reduce: fx.Node) -> _Layer | None:
         final["apply_weights"],
         (*between, slots, offsets, sort),
     )
-
-
-def _arguments(node: Any, op: torch._ops.OpOverload) -> dict[str, Any] | None:
-    """The arguments of a call of ``op`` by name; None of anything else."""
-    if not isinstance(node, fx.Node) or node.target is not op:
-        return None
-    parameters = op._schema.arguments
-    given = dict(zip((p.name for p in parameters), node.args, strict=False)) | node.kwargs
-    return {p.name: p.default_value for p in parameters} | given

@@ -106,7 +106,7 @@ def _torch(
     num_experts, topk = w1.size(0), topk_ids.size(1)
     if round_weights:
         topk_weights = topk_weights.to(hidden_states.dtype)
-    # What autocast would cast it has cast by now, or leaves alone.
+    # As the kernels, and as the fake says: of the tokens' dtype under autocast, too.
     with torch.autocast(hidden_states.device.type, enabled=False):
         slots, offsets = sort_tokens(topk_ids, num_experts, expert_map)
         rows = gather_gemm(hidden_states, w1, slots, offsets, topk, w1_bias, epilogue)

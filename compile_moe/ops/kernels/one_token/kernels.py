@@ -15,6 +15,33 @@ from compile_moe.ops.kernels.epilogue import epilogue
 from compile_moe.ops.kernels.sort_tokens import local_expert
 
 
+@triton.jit
+def _expert(
+    topk_ids_ptr, expert_map_ptr, slot, topk, stride_ij, num_global, num_experts, HAS_MAP: tl.constexpr
+):
+    """Local expert of each slot of the only token; ``num_experts`` where it is skipped, or none."""
+    return local_expert(
+        topk_ids_ptr,
+        expert_map_ptr,
+        slot,
+        slot < topk,
+        topk,
+        0,
+        stride_ij,
+        num_global,
+        num_experts,
+        HAS_MAP,
+    )
+
+
+@triton.jit
+def _weight(ptrs, mask, dtype: tl.constexpr, ROUND: tl.constexpr):
+    weight = tl.load(ptrs, mask=mask, other=0.0)
+    if ROUND:
+        weight = weight.to(dtype)
+    return weight.to(tl.float32)
+
+
 def rows_kernel(
     out_ptr,  # (topk * SPLITS, num_columns), contiguous
     x_ptr,  # (1 or topk, depth)
@@ -52,18 +79,7 @@ def rows_kernel(
     await_earlier_kernels(EARLY)
     slot = tl.program_id(1) // SPLITS
     split = tl.program_id(1) % SPLITS
-    expert = local_expert(
-        topk_ids_ptr,
-        expert_map_ptr,
-        slot,
-        slot < topk,
-        topk,
-        0,
-        stride_ij,
-        num_global,
-        num_experts,
-        HAS_MAP,
-    )
+    expert = _expert(topk_ids_ptr, expert_map_ptr, slot, topk, stride_ij, num_global, num_experts, HAS_MAP)
     if expert == num_experts:
         return
     WIDTH: tl.constexpr = BLOCK_N if LAYOUT == "ungated" else 2 * BLOCK_N
@@ -154,28 +170,16 @@ def sum_kernel(
     await_earlier_kernels(EARLY)
     part = tl.arange(0, PARTS)
     slot = part // SPLITS
-    expert = local_expert(
-        topk_ids_ptr,
-        expert_map_ptr,
-        slot,
-        slot < topk,
-        topk,
-        0,
-        stride_ij,
-        num_global,
-        num_experts,
-        HAS_MAP,
-    )
+    expert = _expert(topk_ids_ptr, expert_map_ptr, slot, topk, stride_ij, num_global, num_experts, HAS_MAP)
     valid = expert < num_experts
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = column < num_columns
     x_ptrs = x_ptr + part.to(tl.int64)[:, None] * num_columns + column[None, :]
     y = tl.load(x_ptrs, mask=valid[:, None] & mask[None, :], other=0.0)
     if APPLY_WEIGHTS:
-        weight = tl.load(topk_weights_ptr + slot * stride_tj, mask=valid, other=0.0)
-        if ROUND_WEIGHTS:
-            weight = weight.to(out_ptr.dtype.element_ty)
-        y *= weight.to(tl.float32)[:, None]
+        y *= _weight(topk_weights_ptr + slot * stride_tj, valid, out_ptr.dtype.element_ty, ROUND_WEIGHTS)[
+            :, None
+        ]
     tl.store(out_ptr + column, tl.sum(y, 0).to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -216,18 +220,7 @@ def down_kernel(
     slot = lane // BLOCK_N
     column = tl.program_id(0) * BLOCK_N + lane % BLOCK_N
     # Ahead of the wait: rows_kernel, which is always what was launched before, waited for all that wrote these.
-    expert = local_expert(
-        topk_ids_ptr,
-        expert_map_ptr,
-        slot,
-        slot < topk,
-        topk,
-        0,
-        stride_ij,
-        num_global,
-        num_experts,
-        HAS_MAP,
-    )
+    expert = _expert(topk_ids_ptr, expert_map_ptr, slot, topk, stride_ij, num_global, num_experts, HAS_MAP)
     valid = expert < num_experts
     mask = valid & (column < num_columns)
     expert = tl.where(valid, expert, 0).to(tl.int64)
@@ -251,10 +244,7 @@ def down_kernel(
     if HAS_BIAS:
         y += tl.load(bias_ptr + expert * stride_be + column * stride_bn, mask=mask, other=0.0).to(tl.float32)
     if APPLY_WEIGHTS:
-        weight = tl.load(topk_weights_ptr + slot * stride_tj, mask=valid, other=0.0)
-        if ROUND_WEIGHTS:
-            weight = weight.to(out_ptr.dtype.element_ty)
-        y *= weight.to(tl.float32)
+        y *= _weight(topk_weights_ptr + slot * stride_tj, valid, out_ptr.dtype.element_ty, ROUND_WEIGHTS)
     y = tl.sum(tl.reshape(tl.where(valid, y, 0.0), (SLOTS, BLOCK_N)), 0)
     out_column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tl.store(out_ptr + out_column, y.to(out_ptr.dtype.element_ty), mask=out_column < num_columns)
