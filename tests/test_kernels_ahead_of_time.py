@@ -168,8 +168,12 @@ FLOAT8 = {
 }
 
 
-@pytest.mark.parametrize("case", FLOAT8)
-def test_warp_specialized_float8(case: str) -> None:
+@pytest.mark.parametrize(
+    "case, tile",
+    [(case, WARP_SPECIALIZED) for case in FLOAT8]
+    + [("blocks", WARP_SPECIALIZED_64), ("plain", WARP_SPECIALIZED_128)],
+)
+def test_warp_specialized_float8(case: str, tile: Tile) -> None:
     k, i, activation, biased, scaled = FLOAT8[case]
     program = parse(program_text(activation))
     n, e, topk, m = 2 * i if program.gated else i, 8, 2, 512
@@ -193,8 +197,8 @@ def test_warp_specialized_float8(case: str) -> None:
     first = (x, x_scale, w1, w1_scale, slots, offsets, topk)
     second = (rows, rows_scale, w2, w2_scale, slots, offsets)
     for launch in (
-        *float8_gather_gemm.launches_for(tiles, between, *first, bias1, body, layout, block_rows),
-        *float8_scatter_gemm.launches_for(tiles, out, *second, bias2, block_rows),
+        *float8_gather_gemm.launches_for(tile, tiles, between, *first, bias1, body, layout, block_rows),
+        *float8_scatter_gemm.launches_for(tile, tiles, out, *second, bias2, block_rows),
     ):
         # Sums of a step beside those of all: up to 124 bytes with Triton 3.6, 136 with 3.9. Producers of scales, once
         # a tile: up to 184 with Triton 3.6, 204 with 3.9.

@@ -83,7 +83,7 @@ def test_who_can_run_it(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_from_so_many_rows_on(hopper: None) -> None:
     for variant in VARIANTS.values():
-        enough = 4 * pays_from(weight_format(variant.made.text))
+        enough = 4 * pays_from(weight_format(variant.made.text))[WARP_SPECIALIZED]
         few, many = (candidates(variant, slots=slots) for slots in (enough - 1, enough))
         assert few.tile.block_m == 64 and many.tile == WARP_SPECIALIZED
         assert few.candidates == many.candidates

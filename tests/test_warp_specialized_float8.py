@@ -12,7 +12,7 @@ from compile_moe.ops import quantized_gather_gemm, quantized_scatter_gemm
 from compile_moe.ops.kernels.launch import loading_everything
 from compile_moe.ops.kernels.quantized import tiles
 from compile_moe.ops.kernels.quantized.tiles import pays_from, tile_choice
-from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED
+from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED_TILES
 from compile_moe.ops.kernels.warp_specialized import row_tiles
 from compile_moe.ops.quantized_format import weight_format
 from compile_moe.quantization import SCHEMES
@@ -67,15 +67,18 @@ def test_who_can_run_it(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
         scheme_format = weight_format(SCHEMES[scheme](**sizes).text)
         return tile_choice(x, w, torch.empty(4, n, 1), out, scheme_format, False).candidates[-1]
 
-    assert last("fp8_w8a8_channel") == last("fp8_w8a8_tensor") == WARP_SPECIALIZED
-    assert last("fp8_w8a8_channel", k=272, n=136) == WARP_SPECIALIZED
-    assert last("fp8_w8a8_channel", k=264) != WARP_SPECIALIZED != last("fp8_w8a8_channel", n=132)
-    assert last("fp8_w8a8_block") == last("fp8_w8a8_block", block_shape=(48, 128)) == WARP_SPECIALIZED
-    assert last("fp8_w8a8_block", block_shape=(128, 64)) != WARP_SPECIALIZED
-    assert last("fp8_w8a8_block", block_shape=(128, 256)) != WARP_SPECIALIZED
-    assert last("int8_w8a8_channel", dtype=torch.int8) != WARP_SPECIALIZED
+    def special(*args: Any, **options: Any) -> bool:
+        return last(*args, **options) in WARP_SPECIALIZED_TILES
+
+    assert special("fp8_w8a8_channel") and special("fp8_w8a8_tensor")
+    assert special("fp8_w8a8_channel", k=272, n=136)
+    assert not special("fp8_w8a8_channel", k=264) and not special("fp8_w8a8_channel", n=132)
+    assert special("fp8_w8a8_block") and special("fp8_w8a8_block", block_shape=(48, 128))
+    assert not special("fp8_w8a8_block", block_shape=(128, 64))
+    assert not special("fp8_w8a8_block", block_shape=(128, 256))
+    assert not special("int8_w8a8_channel", dtype=torch.int8)
     monkeypatch.setattr(tiles, "device_limits", lambda index: HOPPER._replace(warp_specialized=False))
-    assert last("fp8_w8a8_channel") != WARP_SPECIALIZED
+    assert not special("fp8_w8a8_channel")
 
 
 @pytest.mark.parametrize("variant", [PER_ROW, PER_BLOCK], ids=["row", "block"])
@@ -86,9 +89,11 @@ def test_tiles_of_64_rows_up_to_there(hopper: None, variant: Variant) -> None:
         x, out = torch.empty(64, 256, dtype=w.dtype), torch.empty(slots, 128, dtype=torch.bfloat16)
         return tile_choice(x, w, scale, out, weight_format(variant.made.text), False)
 
-    enough = pays_from(weight_format(variant.made.text)) * 4
+    special_from = pays_from(weight_format(variant.made.text))
+    enough = min(special_from.values()) * 4
     assert [chosen(slots).tile.block_m for slots in (16, 4 * 24, 4 * 25, enough - 1)] == [16, 32, 64, 64]
-    assert chosen(enough).tile == WARP_SPECIALIZED
+    for tile, rows in special_from.items():
+        assert chosen(rows * 4).tile == tile
     assert chosen(16).candidates == chosen(enough).candidates
 
 
@@ -96,7 +101,7 @@ def test_tiles_of_64_rows_up_to_there(hopper: None, variant: Variant) -> None:
 def test_launches(hopper: None, variant: Variant) -> None:
     """A list of row tiles, then the GEMM, from enough rows on; other numbers of tokens load nothing."""
     shape = {"K": 128, "I": 64, "E": 4, "topk": 2, "dtype": torch.bfloat16}
-    enough = pays_from(weight_format(variant.made.text)) * 4 // 2
+    enough = min(pays_from(weight_format(variant.made.text)).values()) * 4 // 2
     q, other, few = (make_quantized(variant, M=m, **shape) for m in (enough, enough + 88, enough - 1))
     other.q1, other.q2 = few.q1, few.q2 = q.q1, q.q2
     with simulated_gpu() as gpu:
@@ -129,9 +134,9 @@ def test_the_warm_up_loads_them(hopper: None, m: int) -> None:
         assert gpu.launched == KERNELS
 
 
-@pytest.fixture
-def always() -> Iterator[None]:
-    with warp_specialized_wherever_possible():
+@pytest.fixture(params=WARP_SPECIALIZED_TILES, ids=lambda tile: str(tile.block_m))
+def always(request: pytest.FixtureRequest) -> Iterator[None]:
+    with warp_specialized_wherever_possible(request.param):
         yield
 
 

@@ -266,7 +266,7 @@ def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
     if weights.scales_sums:
         inputs = (x, x_scale, w1, w1_scale, slots, offsets, topk)
         launches = float8_gather_gemm.launches_for(
-            tiles, out, *inputs, bias, body, layout, block_rows(weights)
+            tile, tiles, out, *inputs, bias, body, layout, block_rows(weights)
         )
     else:
         inputs = (x, w1, w1_scale, w1_zp, slots, offsets, topk)

@@ -216,7 +216,7 @@ def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
     launches: tuple[Launch, ...]
     if weights.scales_sums:
         launches = float8_scatter_gemm.launches_for(
-            tiles, out, x, x_scale, w2, w2_scale, slots, offsets, bias, block_rows(weights)
+            tile, tiles, out, x, x_scale, w2, w2_scale, slots, offsets, bias, block_rows(weights)
         )
     else:
         launches = decoding_launches.scatter_launches_for(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 import triton
@@ -14,6 +15,9 @@ from compile_moe.ops.kernels.quantized.operands import steps_of
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
 from compile_moe.ops.kernels.tiles import (
     WARP_SPECIALIZED,
+    WARP_SPECIALIZED_64,
+    WARP_SPECIALIZED_128,
+    WARP_SPECIALIZED_TILES,
     DeviceLimits,
     Tile,
     choose_tile,
@@ -27,8 +31,14 @@ _ROW_TILES = (16, 32, 64, 128)
 #: Rows of an average expert from which the warp-specialized kernels are taken, where both GEMMs took 0.85 to 0.98 of
 #: their time with tiles of 64 rows, and at 256 0.47 to 0.76; and of blocks of float8, 1.10 at 64, 0.88 at 128 (H200,
 #: Qwen3-30B shape, Mixtral, gpt-oss).
-PAYS_FROM = 64
-BLOCKS_PAY_FROM = 128
+DECODING_PAYS_FROM = {WARP_SPECIALIZED: 64}
+#: Of float8: both GEMMs with rings of 256, 128 and 64 rows and tiles of 64, us, H200, one run. Qwen3-30B shape, scales
+#: of rows, 48, 64, 80, 96, 128 rows an expert: 206, 198, 189, 207; 218, 208, 202, 244; 232, 224, 211, 294; 241, 232,
+#: 247, 302; 287, 266, 295, 357; of blocks: 263, 232, 232, 210; 296, 262, 264, 265; 318, 284, 289, 334; 318, 290, 359,
+#: 344; 366, 334, 443, 415. Mixtral, scales of rows, 64, 96, 128 rows, rings only: 414, 398, 396; 442, 425, 537; 463,
+#: 453, 594.
+ROWS_PAY_FROM = {WARP_SPECIALIZED_64: 48, WARP_SPECIALIZED_128: 84, WARP_SPECIALIZED: 148}
+BLOCKS_PAY_FROM = {WARP_SPECIALIZED_128: 64, WARP_SPECIALIZED: 148}
 
 
 def tile_choice(
@@ -40,19 +50,20 @@ def tile_choice(
     for_few_rows = few_rows.serve(weight_format, x, w, w_scale, limits)
     candidates = tile_candidates(*sizes, weight_format, for_few_rows, gated, limits)
     if limits.warp_specialized and can_be_warp_specialized(weight_format, x, w, w_scale, out):
-        candidates = (*(tile for tile in candidates if tile.block_m <= 64), WARP_SPECIALIZED)
+        special = WARP_SPECIALIZED_TILES if weight_format.scales_sums else (WARP_SPECIALIZED,)
+        candidates = (*(tile for tile in candidates if tile.block_m <= 64), *special)
     few = None
     if for_few_rows:
         few = few_rows.choose(candidates, out.size(0), w.size(0), out.size(1), w.size(2))
-    tile = few or choose_tile(
-        candidates, out.size(0), w.size(0), {WARP_SPECIALIZED: pays_from(weight_format)}
-    )
+    tile = few or choose_tile(candidates, out.size(0), w.size(0), pays_from(weight_format))
     return TileChoice(tile, candidates)
 
 
-def pays_from(weight_format: WeightFormat) -> int:
-    """Rows of an average expert from which the warp-specialized kernels are taken."""
-    return BLOCKS_PAY_FROM if weight_format.scales_sums and weight_format.group else PAYS_FROM
+def pays_from(weight_format: WeightFormat) -> Mapping[Tile, int]:
+    """Rows of an average expert from which the warp-specialized tiles are taken."""
+    if not weight_format.scales_sums:
+        return DECODING_PAYS_FROM
+    return BLOCKS_PAY_FROM if weight_format.group else ROWS_PAY_FROM
 
 
 def can_be_warp_specialized(

@@ -85,6 +85,7 @@ def consume_float8_tile(
 ):
     """One consumer's 64 weight rows times MAIN + TAIL tokens of a tile."""
     # Sums of a step beside those of all steps: as many columns of them at a time as there are registers for.
+    ROWS: gl.constexpr = x_smem.shape[0] // STAGES * 32
     PART: gl.constexpr = MAIN if MAIN < 128 else (64 if TAIL and MAIN == 256 else 128)
     PARTS: gl.constexpr = MAIN // PART
     STEP: gl.constexpr = x_smem.shape[2]
@@ -125,14 +126,14 @@ def consume_float8_tile(
                 32,
             )
         async_copy.commit_group()
-    boxes = view(x_smem, [STAGES * (256 // PART), PART, STEP], x_smem.layout)
+    boxes = view(x_smem, [STAGES * (ROWS // PART), PART, STEP], x_smem.layout)
     for _ in range(num_k):
         mbarrier.wait(full.index(stage), phase)
         if GATHER:
             # cp.async wrote x through the generic proxy.
             fence_async_shared()
         w = w_smem.index(2 * stage + WHICH)
-        box = stage * (256 // PART)
+        box = stage * (ROWS // PART)
         sums = step_sums(w, boxes.index(box), PART, layout)
         if PARTS > 1:
             acc0 += warpgroup_mma_wait(0, deps=(sums,))
@@ -221,6 +222,9 @@ def float8_consumer(
     phase = 0
     result_smem = result_smem.index(WHICH)
     WIDTH8: gl.constexpr = 4 if EPILOGUE == "gated" else 8
+    # 64, 128 or 256 tokens, without and with a tail, of which a smaller ring has the first ones.
+    BOXES: gl.constexpr = x_smem.shape[0] // STAGES
+    KINDS: gl.constexpr = 6 if BOXES == 8 else 4 if BOXES == 4 else 2
     step = gl.num_programs(0)
     e1, f1, r1, n1 = find_tile(tiles_ptr, gl.program_id(0), num_row_tiles, num_n)
     for tile in range(gl.program_id(0), num_tiles, step):
@@ -234,9 +238,8 @@ def float8_consumer(
             layout: gl.constexpr = bias.type.layout
             column, mask = weight_rows(column8, columns8, EPILOGUE, INTERLEAVED, layout)
             w_scale = gl.load(scales + column.to(gl.int64) * stride_sn, mask=mask, other=0.0)
-        for i in gl.static_range(6):
+        for i in gl.static_range(KINDS):
             if is_kind(rows, i):
-                # 64, 128 or 256 tokens, without and with a tail.
                 MAIN: gl.constexpr = 64 << (i // 2)
                 TAIL: gl.constexpr = i % 2 == 1
                 if BLOCK_ROWS:

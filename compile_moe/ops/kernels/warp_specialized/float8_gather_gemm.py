@@ -8,6 +8,7 @@ from triton.experimental.gluon import language as gl
 
 from compile_moe.ops.kernels.launch import Launch
 from compile_moe.ops.kernels.quantized import operands
+from compile_moe.ops.kernels.tiles import Tile
 from compile_moe.ops.kernels.warp_specialized import float8_consumer as consumers
 from compile_moe.ops.kernels.warp_specialized import float8_groups, row_tiles
 from compile_moe.ops.kernels.warp_specialized.descriptors import (
@@ -23,7 +24,7 @@ from compile_moe.ops.kernels.warp_specialized.gather_gemm import (
     with_epilogue,
 )
 from compile_moe.ops.kernels.warp_specialized.gather_producer import producer_gather
-from compile_moe.ops.kernels.warp_specialized.ring import STAGES, allocate
+from compile_moe.ops.kernels.warp_specialized.ring import allocate
 from compile_moe.ops.kernels.warp_specialized.row_scales import allocate_scales
 from compile_moe.ops.kernels.warp_specialized.scale_ring import allocate_scale_ring
 
@@ -63,6 +64,7 @@ def float8_gather_gemm_kernel(
     EPILOGUE: gl.constexpr,  # "gated", "ungated"
     INTERLEAVED: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     EVEN_K: gl.constexpr,
     BLOCK_ROWS: gl.constexpr,  # of the weights, that share a scale for each 128 columns; 0: all columns share one
@@ -70,7 +72,7 @@ def float8_gather_gemm_kernel(
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(
-        x_ptr.dtype.element_ty, out_ptr.dtype.element_ty, STAGES, 129, 32 if BLOCK_ROWS else 64
+        x_ptr.dtype.element_ty, out_ptr.dtype.element_ty, STAGES, 129, 32 if BLOCK_ROWS else 64, ROWS
     )
     if BLOCK_ROWS:
         scales_smem = allocate_scale_ring(STAGES)
@@ -116,6 +118,7 @@ def float8_gather_gemm_kernel(
 
 
 def launches_for(
+    tile: Tile,
     tiles: Tensor,
     out: Tensor,
     hidden_states: Tensor,
@@ -161,7 +164,8 @@ def launches_for(
         "EPILOGUE": "gated" if gated else "ungated",
         "INTERLEAVED": layout == "interleaved",
         "HAS_BIAS": bias is not None,
-        "STAGES": STAGES,
+        "ROWS": tile.block_m,
+        "STAGES": tile.num_stages,
         "EVEN_K": depth % step(w1) == 0,
         "BLOCK_ROWS": block_rows,
         "REGISTERS": REGISTERS,
@@ -170,6 +174,6 @@ def launches_for(
     }
     kernel = with_epilogue(float8_gather_gemm_kernel, FUNCTIONS, epilogue_body)
     return (
-        row_tiles.launch_for(row_tiles.ROWS, tiles, expert_offsets, num_slots, w1.size(0)),
+        row_tiles.launch_for(tile.block_m, tiles, expert_offsets, num_slots, w1.size(0)),
         Launch(kernel, (num_programs(out.device.index),), args, options),
     )

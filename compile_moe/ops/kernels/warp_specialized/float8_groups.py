@@ -114,6 +114,7 @@ def consume_group_tile(
 ):
     """One consumer's 64 weight rows times MAIN + TAIL tokens of a tile."""
     # Sums of a step beside those of all steps, and scales: as many columns at a time as there are registers for.
+    ROWS: gl.constexpr = x_smem.shape[0] // STAGES * 32
     PART: gl.constexpr = MAIN if MAIN < 128 else (64 if TAIL and MAIN == 256 else 128)
     PARTS: gl.constexpr = MAIN // PART
     STEP: gl.constexpr = x_smem.shape[2]
@@ -135,14 +136,14 @@ def consume_group_tile(
         tail = gl.zeros([64, 32], gl.float32, tail_layout)
     else:
         tail = 0
-    boxes = view(x_smem, [STAGES * (256 // PART), PART, STEP], x_smem.layout)
+    boxes = view(x_smem, [STAGES * (ROWS // PART), PART, STEP], x_smem.layout)
     for _ in range(num_k):
         mbarrier.wait(full.index(stage), phase)
         if GATHER:
             # cp.async wrote x through the generic proxy.
             fence_async_shared()
         w = w_smem.index(2 * stage + WHICH)
-        box = stage * (256 // PART)
+        box = stage * (ROWS // PART)
         x_scales = scales_smem.index(stage)
         w_scale = w_scales_smem.index(stage).slice(64 * WHICH, 64).load(gl.SliceLayout(1, layout))
         if TAIL:

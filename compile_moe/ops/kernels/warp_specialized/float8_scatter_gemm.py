@@ -9,10 +9,11 @@ from triton.experimental.gluon import language as gl
 
 from compile_moe.ops.kernels.launch import Launch
 from compile_moe.ops.kernels.quantized import operands
+from compile_moe.ops.kernels.tiles import Tile
 from compile_moe.ops.kernels.warp_specialized import row_tiles
 from compile_moe.ops.kernels.warp_specialized.descriptors import num_programs, plain_weights, rows, step
 from compile_moe.ops.kernels.warp_specialized.float8_consumer import float8_consumer
-from compile_moe.ops.kernels.warp_specialized.ring import STAGES, allocate
+from compile_moe.ops.kernels.warp_specialized.ring import allocate
 from compile_moe.ops.kernels.warp_specialized.row_producer import producer_tma
 from compile_moe.ops.kernels.warp_specialized.row_scales import allocate_scales
 from compile_moe.ops.kernels.warp_specialized.scale_ring import allocate_scale_ring
@@ -44,12 +45,18 @@ def float8_scatter_gemm_kernel(
     stride_xsk,
     HAS_BIAS: gl.constexpr,
     BLOCK_ROWS: gl.constexpr,  # of the weights, that share a scale for each 128 columns; 0: all columns share one
+    ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(
-        x_desc.dtype, out_ptr.dtype.element_ty, STAGES, 129 if BLOCK_ROWS else 1, 32 if BLOCK_ROWS else 64
+        x_desc.dtype,
+        out_ptr.dtype.element_ty,
+        STAGES,
+        129 if BLOCK_ROWS else 1,
+        32 if BLOCK_ROWS else 64,
+        ROWS,
     )
     if BLOCK_ROWS:
         scales_smem = allocate_scale_ring(STAGES)
@@ -94,6 +101,7 @@ def float8_scatter_gemm_kernel(
 
 
 def launches_for(
+    tile: Tile,
     tiles: Tensor,
     out: Tensor,
     intermediate: Tensor,
@@ -130,13 +138,14 @@ def launches_for(
     )
     options = {
         "HAS_BIAS": bias is not None,
-        "STAGES": STAGES,
+        "ROWS": tile.block_m,
+        "STAGES": tile.num_stages,
         "BLOCK_ROWS": block_rows,
         "REGISTERS": REGISTERS,
         "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
         "num_warps": 4,
     }
     return (
-        row_tiles.launch_for(row_tiles.ROWS, tiles, expert_offsets, num_slots, w2.size(0)),
+        row_tiles.launch_for(tile.block_m, tiles, expert_offsets, num_slots, w2.size(0)),
         Launch(float8_scatter_gemm_kernel, (num_programs(out.device.index),), args, options),
     )
