@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from compile_moe.activations import ActivationLike, resolve_activation
 from compile_moe.dtensor_weights import local_tensors
 from compile_moe.fused_experts import fused_experts
 from compile_moe.ops.one_token_experts import one_token_experts, serves
+from compile_moe.ops.quantized_one_token_experts import quantized_one_token_experts
+from compile_moe.ops.quantized_one_token_experts import serves as serves_quantized
 from compile_moe.ops.registry import loading_everything
 from compile_moe.quant_config import FusedMoEQuantConfig
 
@@ -57,18 +61,18 @@ def warm_up(
             w2_bias=w2_bias,
             quant_config=quant_config,
         )
-        if quant_config is None:
-            _load_one_token(
-                hidden_states[:1],
-                w1,
-                w2,
-                topk_weights[:1],
-                topk_ids[:1],
-                expert_map,
-                w1_bias,
-                w2_bias,
-                activation,
-            )
+        _load_one_token(
+            hidden_states[:1],
+            w1,
+            w2,
+            topk_weights[:1],
+            topk_ids[:1],
+            expert_map,
+            w1_bias,
+            w2_bias,
+            activation,
+            quant_config,
+        )
 
 
 def _load_one_token(
@@ -81,14 +85,28 @@ def _load_one_token(
     w1_bias: Tensor | None,
     w2_bias: Tensor | None,
     activation: ActivationLike,
+    quant_config: FusedMoEQuantConfig | None,
 ) -> None:
     """Load what compiled graphs of one token call, unless they compile an activation of their own."""
     w1, w2, w1_bias, w2_bias = local_tensors(
         None, ("w1", w1), ("w2", w2), ("w1_bias", w1_bias), ("w2_bias", w2_bias)
     )
     resolved = resolve_activation(activation, w1.size(1), hidden_states)
-    if resolved.function is not None or not serves(hidden_states, w1, w2, topk_ids.size(1)):
+    if resolved.function is not None:
         return
-    arguments = hidden_states, w1, w2, topk_weights, topk_ids, expert_map, w1_bias, w2_bias, resolved.epilogue
-    for round_weights in (False, True):
-        one_token_experts(*arguments, round_weights=round_weights)
+    router, topk = (topk_weights, topk_ids), topk_ids.size(1)
+    options = expert_map, w1_bias, w2_bias, resolved.epilogue
+    if quant_config is None:
+        is_served = serves(hidden_states, w1, w2, topk)
+        load = functools.partial(one_token_experts, hidden_states, w1, w2, *router, *options)
+    else:
+        q, scheme = quant_config, quant_config.facts.text
+        assert q.w1_scale is not None and q.w2_scale is not None, "fused_experts took them"
+        is_served = serves_quantized(hidden_states, w1, q.w1_scale, w2, q.w2_scale, topk, scheme)
+        weights = w1, q.w1_scale, q.w1_zp, w2, q.w2_scale, q.w2_zp
+        load = functools.partial(
+            quantized_one_token_experts, hidden_states, *weights, *router, scheme, *options
+        )
+    if is_served:
+        for round_weights in (False, True):
+            load(round_weights=round_weights)

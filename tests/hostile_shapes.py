@@ -34,6 +34,8 @@ from tests.support.quantized import Variant, make_quantized
 from tests.support.quantized import assert_as_accurate as assert_quantized_as_accurate
 from tests.support.quantized_gemms import ALL_VARIANTS, GEMMS, Gemms, spread
 from tests.support.quantized_inputs import op as overload
+from tests.support.quantized_one_token import VARIANTS as ONE_TOKEN_VARIANTS
+from tests.support.quantized_one_token import run_one_token as run_quantized_one_token
 from tests.support.token_inputs import SCALINGS
 from tests.support.warp_specialized import (
     FLOAT8_LAYERS,
@@ -185,10 +187,18 @@ def one_token(device: str, share: Share) -> int:
             layer = make_layer(**{**case, **size, "M": 1}, dtype=dtype, device=device)
             assert_as_accurate(run_one_token(layer), layer)
             count += 1
+    for variant, topk in share(itertools.product(ONE_TOKEN_VARIANTS.values(), (1, 3, 8, 16))):
+        sizes: dict[str, Any] = {"M": 1, "E": 16, "topk": topk, "K": 160 * topk, "I": 96, "biased": True}
+        q = make_quantized(variant, **sizes, skipped=topk == 8, dtype=torch.bfloat16)
+        assert_quantized_as_accurate(run_quantized_one_token(q), q)
+        count += 1
     layer = make_layer(M=1, E=4, topk=2, dtype=torch.bfloat16, device=device)
     layer.topk_ids[0] = torch.tensor([2**40, -(2**40)], device=device)
     assert not run_one_token(layer).any()
-    return count + 1
+    q = make_quantized(Variant("int8_w8a16"), M=1, E=4, topk=2, K=64, I=64, dtype=torch.bfloat16)
+    q.layer.topk_ids[0] = torch.tensor([2**40, -(2**40)])
+    assert not run_quantized_one_token(q).any()
+    return count + 2
 
 
 def compiled(device: str, share: Share) -> int:

@@ -77,8 +77,39 @@ LINEAR: list[Change] = [
     ("offsets", FP8, 5, lambda t: t[:3], ValueError, r"expert_offsets must be \(E \+ 1,\) = \(6,\), got \(3,\)"),
     ("offsets-int64", FP8, 5, lambda t: t.long(), TypeError, r"expert_offsets must be int32, got torch.int64"),
 ]
+ONE_TOKEN: list[Change] = [
+    ("x-two", INT8, 0, lambda t: t.repeat(2, 1), ValueError, r"topk_ids must have one row a .* got \(1, 2\)"),
+    ("x-1d", INT8, 0, lambda t: t[0], ValueError, r"hidden_states must be \(M, K\), got \(48,\)"),
+    ("x-narrow", INT8, 0, lambda t: t[:, :3], ValueError, r"must agree in K, got \(1, 3\), \(5, 80, 48\)"),
+    ("x-int", INT8, 0, lambda t: t.int(), TypeError, r"hidden_states must be one of .*got torch.int32"),
+    ("w1-2d", INT8, 1, lambda t: t[0], ValueError, r"w1 must be \(E, N, K\) and w2 .*got \(80, 48\)"),
+    ("w1-int8", INT8, 1, lambda t: t.to(torch.int8), TypeError, r"w1 must be torch.uint8 for .*got torch.int8"),
+    ("w1-unpacked", INT4, 1, lambda t: t.repeat(1, 1, 2), ValueError, r"w1 .*\(5, 96, 24\) .*got \(5, 96, 48\)"),
+    ("w1-scale", INT8, 2, lambda t: t[:, :8], ValueError, r"w1_scale must be \(5, 80\), .*got \(5, 8\)"),
+    ("w1-scale-dtype", MX, 2, lambda t: t.float(), TypeError, r"w1_scale .*uint8 .*got torch.float32"),
+    ("w1-zp", INT4, 3, lambda t: t.repeat(1, 2, 1), ValueError, r"w1_zp .*\(5, 48, 3\), .*got \(5, 96, 3\)"),
+    ("w1-zp-none", INT8, 3, lambda t: torch.ones(5, 80, 1).byte(), ValueError, r"no zero points: w1_zp must be None"),
+    ("w2-fewer", INT8, 4, lambda t: t[:3], ValueError, r"same number of experts, got w1 .* and w2 \(3, 48, 40\)"),
+    ("w2-narrow", INT4, 4, lambda t: t[..., :8], ValueError, r"N = 2 \* I .*\(5, 48, 8\), which holds 2 columns"),
+    ("w2-elsewhere", INT8, 4, lambda t: t.to("meta"), ValueError, r"w2 must be on .*, cpu, got meta"),
+    ("w2-scale", INT8, 5, lambda t: t[:3], ValueError, r"w2_scale must be \(5, 48\), .*got \(3, 48\)"),
+    ("w2-zp", INT4, 6, lambda t: t[:3], ValueError, r"w2_zp must be \(5, 24, 3\), .*got \(3, 24, 3\)"),
+    ("weights-int", INT8, 7, lambda t: t.int(), TypeError, r"topk_weights must be floating point, got torch.int32"),
+    ("weights-1d", INT8, 7, lambda t: t[0], ValueError, r"topk_weights must have the shape of topk_ids, \(1, 2\)"),
+    ("ids-float", INT8, 8, lambda t: t.float(), TypeError, r"topk_ids must be int32 or int64, got torch.float32"),
+    ("ids-many", INT8, 8, lambda t: t.repeat(1, 3), ValueError, r"must have the shape of topk_ids, \(1, 6\)"),
+    ("tokens-quantized", INT8, 9, lambda t: "int8_w8a8_channel()", ValueError, r"got int8_w8a8.*; call fused_experts"),
+    ("scheme-unknown", INT8, 9, lambda t: "fp3()", ValueError, r"scheme must be one of fp8_w8a8_block, .*got 'fp3'"),
+    ("scheme-group", INT4, 9, lambda t: "int4_w4a16(group_size=32)", ValueError, r"multiple of 32, got \(5, 96, 48\)"),
+    ("map-float", INT8, 10, lambda t: torch.ones(5), TypeError, r"map must be int32 or int64, got torch.float32"),
+    ("map-short", INT8, 10, lambda t: torch.zeros(1).int(), ValueError, r"topk must be at most .*experts, 1, got 2"),
+    ("bias1-dtype", INT8, 11, lambda t: t.half(), TypeError, r"w1_bias must .*float32, got .*float16"),
+    ("bias2-narrow", INT8, 12, lambda t: t[:, :4], ValueError, r"w2_bias must be \(E, K\) = \(5, 48\), got \(5, 4\)"),
+    ("epilogue", INT8, 13, lambda t: "silu", ValueError, r"epilogue must begin with .*got 'silu'"),
+    ("epilogue-ungated", INT8, 13, lambda t: "", ValueError, r"must have N = I for w2 .*, got \(5, 80, 48\)"),
+]
 # fmt: on
-CHANGES = dict(zip(STAGES, (TOKENS, GATHER, SCATTER, LINEAR), strict=True))
+CHANGES = dict(zip(STAGES, (TOKENS, GATHER, SCATTER, LINEAR, ONE_TOKEN), strict=True))
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 import compile_moe
+from compile_moe.lowering.explain import _epilogue
+from compile_moe.ops import one_token_experts, quantized_one_token_experts
 from compile_moe.ops.epilogue import parse
 from compile_moe.ops.kernels.launch import _variant
 from compile_moe.ops.kernels.one_token import launches
@@ -122,6 +124,42 @@ def test_stages_that_something_else_reads() -> None:
         return compile_moe.ops.weight_and_reduce(fused_out, weights, ids, None, E), fused_out
 
     assert "one_token_experts" not in generate(both).op_calls
+
+
+@pytest.mark.parametrize("case", ["columns", "topk"])
+def test_layers_that_the_op_refuses(case: str) -> None:
+    """The stages leave to their caller that a layer returns as many columns as it takes, and what ids there are."""
+    topk = TOPK if case == "columns" else E + 1
+
+    def make() -> list[Tensor]:
+        x, w1, w2, weights, ids = arguments(topk=topk)
+        return [x, w1, cuda_empty(E, 2 * K, I, dtype=w2.dtype) if case == "columns" else w2, weights, ids]
+
+    def by_hand(*args: Tensor) -> Tensor:
+        x, w1, w2, weights, ids = args
+        slots, offsets = compile_moe.ops.sort_tokens(ids, E)
+        rows = compile_moe.ops.gather_gemm(x, w1, slots, offsets, topk, None, SILU)
+        fused_out = compile_moe.ops.scatter_gemm(rows, w2, slots, offsets, 1, topk)
+        return compile_moe.ops.weight_and_reduce(fused_out, weights, ids, None, E)
+
+    assert [name.removesuffix(".out") for name in generate(by_hand, make).op_calls] == STAGES
+
+
+@pytest.mark.parametrize("op", [one_token_experts, quantized_one_token_experts])
+def test_the_epilogue_that_explain_names(op: torch._ops.OpOverload) -> None:
+    """By position, by name, and none."""
+    graph = fx.Graph()
+    names = [p.name for p in op._schema.arguments]
+    required, position = (
+        [None] * sum(not p.has_default_value() for p in op._schema.arguments),
+        names.index("epilogue"),
+    )
+    calls = [
+        graph.call_function(op, (*[None] * position, SILU)),
+        graph.call_function(op, tuple(required), {"epilogue": SILU}),
+        graph.call_function(op, tuple(required)),
+    ]
+    assert list(map(_epilogue, calls)) == [SILU, SILU, ""]
 
 
 def test_slots_of_another_sort() -> None:

@@ -16,7 +16,7 @@ from compile_moe.quantization import parse_scaling
 from tests.support.launchers import launch
 from tests.support.oracle import CASES, make_layer
 from tests.support.quantized import ONE_A_SCALING, VARIANTS, make_quantized
-from tests.support.quantized_inputs import STAGES, op, opcheck, stage_inputs
+from tests.support.quantized_inputs import STAGES, op, opcheck, stage_inputs, takes
 
 SHAPES = (
     "plain",
@@ -33,18 +33,26 @@ SHAPES = (
 
 
 def cases(variants: Iterable[str] = VARIANTS) -> list[Any]:
-    """Every scheme once, and every shape with the scheme that takes any."""
+    """Every scheme once, and every shape with a scheme that takes any."""
     fp8 = "fp8_w8a8_block-block_shape(16,24)"
-    named = [(v, "biased") for v in variants] + [(fp8, c) for c in SHAPES if c != "biased"]
-    return [pytest.param(v, c, id=f"{v}-{c}") for v, c in named]
+    return with_stages([*((v, "biased") for v in variants), *((fp8, c) for c in SHAPES if c != "biased")])
+
+
+def with_stages(named: Iterable[tuple[str, str]]) -> list[Any]:
+    """Variants and cases with each op; int8_w8a16, which takes any shape, for schemes that the op doesn't take."""
+    found = [
+        (variant if takes(stage, VARIANTS[variant]) else "int8_w8a16", case, stage)
+        for variant, case in named
+        for stage in STAGES
+    ]
+    return [pytest.param(*each, id="-".join(each)) for each in dict.fromkeys(found)]
 
 
 # A scheme is a string to an op: those of the same scaling and zero points differ in numbers alone.
 CHECKED = (*ONE_A_SCALING, "int4_w4a16-group_size16-zp", "int8_w8a16", "mxfp4_w4a16")
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("variant", "case"), cases(CHECKED))
+@pytest.mark.parametrize(("variant", "case", "stage"), cases(CHECKED))
 def test_opcheck(variant: str, case: str, stage: str) -> None:
     opcheck(op(stage), stage_inputs(make_quantized(VARIANTS[variant], **CASES[case]))[stage])
 
@@ -55,8 +63,7 @@ def test_opcheck_of_static_scales(static: str) -> None:
     opcheck(op("quantize_tokens"), (x, "float8_e4m3fn per tensor", scale))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("variant", "case"), cases())
+@pytest.mark.parametrize(("variant", "case", "stage"), cases())
 def test_fake_equals_real(variant: str, case: str, stage: str) -> None:
     arguments = stage_inputs(make_quantized(VARIANTS[variant], **CASES[case]))[stage]
     real = op(stage)(*arguments)
@@ -67,13 +74,18 @@ def test_fake_equals_real(variant: str, case: str, stage: str) -> None:
         assert (r.shape, r.dtype, r.stride(), r.device) == (f.shape, f.dtype, f.stride(), f.device)
 
 
-@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
-    ("variant", "case"),
-    [
-        *((v, "skipped") for v in VARIANTS),
-        *((v, c) for v in ("fp8_w8a8_block-block_shape(16,24)", "fp8_w8a8_tensor") for c in ("M0", "odd")),
-    ],
+    ("variant", "case", "stage"),
+    with_stages(
+        [
+            *((v, "skipped") for v in VARIANTS),
+            *(
+                (v, c)
+                for v in ("fp8_w8a8_block-block_shape(16,24)", "fp8_w8a8_tensor")
+                for c in ("M0", "odd")
+            ),
+        ]
+    ),
 )
 def test_out_overload(variant: str, case: str, stage: str) -> None:
     arguments = stage_inputs(make_quantized(VARIANTS[variant], **CASES[case]))[stage]

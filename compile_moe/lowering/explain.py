@@ -9,10 +9,12 @@ import torch
 from torch import fx
 
 from compile_moe.lowering import fuse_epilogue, fuse_router, graph_passes, inductor_compat
+from compile_moe.lowering.graph_edits import arguments_of
 from compile_moe.lowering.scheduled_kernels import ScheduledKernel, scheduled_kernels
 from compile_moe.lowering.separate_kernels import separate_from_finalize
 from compile_moe.ops.gather_gemm import gather_gemm
 from compile_moe.ops.one_token_experts import one_token_experts
+from compile_moe.ops.quantized_one_token_experts import quantized_one_token_experts
 from compile_moe.ops.registry import NAMESPACE
 from compile_moe.ops.route_and_sort_tokens import route_and_sort_tokens
 from compile_moe.ops.route_tokens import route_tokens
@@ -20,7 +22,7 @@ from compile_moe.ops.route_tokens import route_tokens
 _REFUSALS = tuple(module.refusals for module in (graph_passes, fuse_router, fuse_epilogue, inductor_compat))
 _ATEN = torch.ops.aten
 _PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default}
-_WITH_EPILOGUE = {gather_gemm, one_token_experts}
+_WITH_EPILOGUE = {gather_gemm, one_token_experts, quantized_one_token_experts}
 _CHOICES = {_ATEN.topk.default, route_tokens, route_and_sort_tokens}
 
 
@@ -96,4 +98,7 @@ def _is_router_gemm(node: fx.Node) -> bool:
 
 
 def _epilogue(gemm: fx.Node) -> str:
-    return str(gemm.kwargs.get("epilogue") or (gemm.args[6] if len(gemm.args) > 6 else ""))
+    op: Any = gemm.target
+    arguments = arguments_of(gemm, op)
+    assert arguments is not None, "a call of its own target"
+    return str(arguments["epilogue"])

@@ -1,4 +1,5 @@
-"""A pass that puts ``one_token_experts`` in the place of the stages of a layer of one token.
+"""A pass that puts ``one_token_experts`` or ``quantized_one_token_experts`` in the place of the stages of a layer of
+one token.
 
 Dynamo compiles a graph of its own for one token, so that the number is known here, and what a model wrote between the
 stages is in GEMM 1's epilogue by now.
@@ -7,8 +8,9 @@ stages is in GEMM 1's epilogue by now.
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
 from compile_moe.lowering.graph_edits import (
@@ -22,59 +24,67 @@ from compile_moe.lowering.graph_edits import (
 )
 from compile_moe.ops.gather_gemm import gather_gemm
 from compile_moe.ops.one_token_experts import one_token_experts, serves
+from compile_moe.ops.quantized_gather_gemm import quantized_gather_gemm
+from compile_moe.ops.quantized_one_token_experts import quantized_one_token_experts
+from compile_moe.ops.quantized_one_token_experts import serves as serves_quantized
+from compile_moe.ops.quantized_scatter_gemm import quantized_scatter_gemm
 from compile_moe.ops.scatter_gemm import scatter_gemm
 from compile_moe.ops.sort_tokens import sort_tokens
 from compile_moe.ops.weight_and_reduce import weight_and_reduce
 
 
 def use_one_token_experts(graph: fx.Graph) -> None:
-    """Rewrite every layer of ``graph`` that the op serves."""
+    """Rewrite every layer of ``graph`` that one of the ops serves."""
     for reduce in graph.find_nodes(op="call_function", target=weight_and_reduce):
         layer = _layer_before(reduce)
         if layer is None:
             continue
-        x, w1, w2, ids = map(value_of, (layer.hidden_states, layer.w1, layer.w2, layer.topk_ids))
-        if not serves(x, w1, w2, ids.size(1)):
+        op = _op_for(layer)
+        if op is None:
             continue
-        weights = layer.topk_weights
+        weights, dtype = layer.arguments["topk_weights"], value_of(reduce).dtype
         # Rounded by the kernel, not by one of its own.
-        round_weights = weights.target is CAST and value_of(weights).dtype is x.dtype
-        if round_weights:
-            weights = before_cast(weights)
-        arguments = (layer.hidden_states, layer.w1, layer.w2, weights, layer.topk_ids)
-        options = {
-            "expert_map": layer.expert_map,
-            "w1_bias": layer.w1_bias,
-            "w2_bias": layer.w2_bias,
-            "epilogue": layer.epilogue,
-            "apply_weights": layer.apply_weights,
+        round_weights = weights.target is CAST and value_of(weights).dtype is dtype
+        given = layer.arguments | {
+            "topk_weights": before_cast(weights) if round_weights else weights,
             "round_weights": round_weights,
         }
+        parameters = op._schema.arguments
+        required = [given[p.name] for p in parameters if not p.has_default_value()]
+        options = {p.name: given[p.name] for p in parameters if p.has_default_value()}
         with graph.inserting_before(reduce):
-            experts = call(graph, one_token_experts, arguments, options, reduce)
+            experts = call(graph, op, required, options, reduce)
         reduce.replace_all_uses_with(experts)
-        erase_unused(graph, {reduce, *layer.stages, layer.topk_weights})
+        erase_unused(graph, {reduce, *layer.stages, weights})
 
 
 class _Layer(NamedTuple):
-    hidden_states: fx.Node
-    w1: fx.Node
-    w2: fx.Node
-    topk_weights: fx.Node
-    topk_ids: fx.Node
-    expert_map: fx.Node | None
-    w1_bias: fx.Node | None
-    w2_bias: fx.Node | None
-    epilogue: str
-    apply_weights: bool
+    """arguments: those of the stages by name, with the biases as ``w1_bias`` and ``w2_bias``; a scheme if quantized."""
+
+    arguments: dict[str, Any]
     stages: tuple[fx.Node, ...]
+
+
+def _op_for(layer: _Layer) -> torch._ops.OpOverload | None:
+    """The op that is the faster way, if one is."""
+    arguments = layer.arguments
+    values = {name: value_of(a) for name, a in arguments.items() if isinstance(a, fx.Node)}
+    x, w1, w2, topk = values["hidden_states"], values["w1"], values["w2"], values["topk_ids"].size(1)
+    if "scheme" not in arguments:
+        op, is_served = one_token_experts, serves(x, w1, w2, topk)
+    else:
+        op, scales = quantized_one_token_experts, (values["w1_scale"], values["w2_scale"])
+        is_served = serves_quantized(x, w1, scales[0], w2, scales[1], topk, arguments["scheme"])
+    # What the stages leave to their caller, and the ops refuse.
+    is_layer = is_served and w2.size(1) == x.size(1) and topk <= values.get("expert_map", w1).size(0)
+    return op if is_layer else None
 
 
 def _layer_before(reduce: fx.Node) -> _Layer | None:
     """The layer that ``reduce`` ends, if its slots are of one sort and nothing else reads what lies between."""
     final = arguments_of(reduce, weight_and_reduce)
-    down = arguments_of(final and final["fused_out"], scatter_gemm)
-    up = arguments_of(down and down["intermediate"], gather_gemm)
+    down = _either(final and final["fused_out"], scatter_gemm, quantized_scatter_gemm)
+    up = _either(down and down["intermediate"], gather_gemm, quantized_gather_gemm)
     if final is None or down is None or up is None:
         return None
     between = final["fused_out"], down["intermediate"]
@@ -89,18 +99,25 @@ def _layer_before(reduce: fx.Node) -> _Layer | None:
         or (final["topk_ids"], final["expert_map"]) != (order["topk_ids"], order["expert_map"])
         or final["num_experts"] != order["num_experts"]
         or not up["topk"] == down["topk"] == value_of(order["topk_ids"]).size(1)
+        or not _leave_tokens(up, down)
     ):
         return None
-    return _Layer(
-        up["hidden_states"],
-        up["w1"],
-        down["w2"],
-        final["topk_weights"],
-        order["topk_ids"],
-        order["expert_map"],
-        up["bias"],
-        down["bias"],
-        up["epilogue"],
-        final["apply_weights"],
-        (*between, slots, offsets, sort),
+    arguments = {**up, **down, **final, "w1_bias": up["bias"], "w2_bias": down["bias"]}
+    return _Layer(arguments, (*between, slots, offsets, sort))
+
+
+def _either(node: Any, *ops: torch._ops.OpOverload) -> dict[str, Any] | None:
+    """The arguments of a call of one of ``ops``."""
+    return next((found for op in ops if (found := arguments_of(node, op)) is not None), None)
+
+
+def _leave_tokens(up: dict[str, Any], down: dict[str, Any]) -> bool:
+    """Whether both GEMMs are of one scheme, or of none, and tokens, rows between them and result of one dtype."""
+    dtype = value_of(up["hidden_states"]).dtype
+    return (
+        up.get("scheme") == down.get("scheme")
+        and up.get("hidden_states_scale") is None
+        and down.get("intermediate_scale") is None
+        and up.get("out_dtype", dtype) is dtype
+        and down.get("out_dtype", dtype) is dtype
     )

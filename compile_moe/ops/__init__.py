@@ -18,6 +18,7 @@ from compile_moe.ops.one_token_experts import one_token_experts
 from compile_moe.ops.problem_size import _moe_problem_size
 from compile_moe.ops.quantize_tokens import quantize_tokens
 from compile_moe.ops.quantized_gather_gemm import quantized_gather_gemm
+from compile_moe.ops.quantized_one_token_experts import quantized_one_token_experts
 from compile_moe.ops.quantized_scatter_gemm import quantized_scatter_gemm
 from compile_moe.ops.reduce_batch import reduce_batch
 from compile_moe.ops.route_and_sort_tokens import route_and_sort_tokens
@@ -37,6 +38,7 @@ __all__ = [
     "one_token_experts",
     "quantize_tokens",
     "quantized_gather_gemm",
+    "quantized_one_token_experts",
     "quantized_scatter_gemm",
     "reduce_batch",
     "route_and_sort_tokens",

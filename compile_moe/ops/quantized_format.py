@@ -20,6 +20,7 @@ def weight_format(scheme: str) -> WeightFormat:
         parsed.decode,
         parsed.decode_16_bits,
         parsed.decode_words,
+        parsed.decode_registers,
         parsed.powers_of_two,
         parsed.decode_scale,
         parsed.decode_scale_16_bits,

@@ -237,3 +237,46 @@ def e8m0_numbers(codes: tl.tensor, DTYPE: tl.constexpr) -> Any:
     """2^(codes - 127); NaN for 255. bfloat16 only."""
     tl.static_assert(tl.bfloat16 == DTYPE)
     return tl.inline_asm_elementwise(_E8M0_BF16, "=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=2)
+
+
+@triton.jit
+def _registers(words: tl.tensor, BF16: tl.constexpr, FP16: tl.constexpr, DTYPE: tl.constexpr) -> Any:
+    """Of each pair of equal words a pair of numbers: low nibbles of bytes 0 and 2, of 1 and 3; high ones of these."""
+    if tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            BF16, "=&r,=&r,=&r,=&r,r,r", [words], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            FP16, "=&r,=&r,=&r,=&r,r,r", [words], dtype=(tl.float16,) * 4, is_pure=True, pack=2
+        )
+
+
+@triton.jit
+def registers_of_nibbles_less_8(words: tl.tensor, DTYPE: tl.constexpr) -> Any:
+    return _registers(words, _NIBBLE_WORDS_BF16, _NIBBLE_WORDS_FP16, DTYPE)
+
+
+@triton.jit
+def registers_of_e2m1_nibbles(words: tl.tensor, DTYPE: tl.constexpr) -> Any:
+    """bfloat16 only."""
+    tl.static_assert(tl.bfloat16 == DTYPE)
+    return _registers(words, _E2M1_WORDS_BF16, _E2M1_WORDS_BF16, DTYPE)
+
+
+@triton.jit
+def registers_of_bytes_less_128(words: tl.tensor, DTYPE: tl.constexpr) -> Any:
+    """Of bytes 0 and 2, and of 1 and 3."""
+    if tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            _BYTE_WORDS_BF16,
+            "=&r,=&r,r,r",
+            [words],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            _BYTE_WORDS_FP16, "=&r,=&r,r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )

@@ -56,11 +56,14 @@ class Scheme(ABC):
     #: The same, four bytes at a time: those of bytes 0, 2, 1, 3. For the kernels of few rows; None leaves few rows to
     #: the others.
     decode_words: ClassVar[Any] = None
+    #: The same of words of four bytes, each given twice, so that a pair gives two numbers of 16 bits: of bytes 0 and 2,
+    #: and of 1 and 3. For the kernels of one token; None leaves it to the others.
+    decode_registers: ClassVar[Any] = None
     #: Whether scales are powers of two, of float32's range.
     powers_of_two: ClassVar[bool] = False
     #: Triton function from stored scales to float32; those stored as floating point it must leave as they are.
     decode_scale: ClassVar[Any] = to_float32
-    #: (scales, DTYPE), where ``decode_words`` is used, from those not stored in DTYPE.
+    #: (scales, DTYPE), where one of these two is used, from those not stored in DTYPE.
     decode_scale_16_bits: ClassVar[Any] = None
 
     @property

@@ -7,6 +7,7 @@ to shared memory is there at once. Integers have 64 bits. Loads and stores outsi
 from __future__ import annotations
 
 import builtins
+import itertools
 import operator
 import types
 from collections.abc import Callable, Sequence
@@ -22,8 +23,11 @@ DTYPES = {
     tl.int32: torch.int64,
     tl.int64: torch.int64,
     tl.uint8: torch.uint8,
+    tl.uint32: torch.int64,
 }
-TRITON_DTYPES = {torch_dtype: dtype for dtype, torch_dtype in DTYPES.items() if dtype is not tl.int32}
+TRITON_DTYPES = {
+    torch_dtype: dtype for dtype, torch_dtype in DTYPES.items() if dtype not in (tl.int32, tl.uint32)
+}
 
 
 class _Anything:
@@ -206,11 +210,18 @@ def _binary(compute: Callable[..., Any]) -> Callable[..., Value]:
     return call
 
 
+_LAYOUTS = (
+    *("BlockedLayout", "SliceLayout", "SwizzledSharedLayout", "DotOperandLayout"),
+    *("DistributedLinearLayout", "NVMMADistributedLayout"),
+)
+
+
 class Program:
     """The language, as one program sees it."""
 
     def __init__(self) -> None:
-        self.pid, self.programs = 0, 1
+        self.pid: tuple[int, ...] = (0,)
+        self.programs = 1
 
     def language(self) -> types.SimpleNamespace:
         def zeros(shape: Sequence[int], dtype: Any, layout: Any = None) -> Value:
@@ -219,17 +230,14 @@ class Program:
         return types.SimpleNamespace(
             **{
                 name: getattr(tl, name)
-                for name in ("bfloat16", "float16", "float32", "int32", "int64", "uint8")
+                for name in ("bfloat16", "float16", "float32", "float64", "int32", "int64", "uint8", "uint32")
             },
-            **{
-                name: ANYTHING
-                for name in ("BlockedLayout", "SliceLayout", "SwizzledSharedLayout", "DotOperandLayout")
-            },
+            **{name: ANYTHING for name in _LAYOUTS},
             PropagateNan=tl.PropagateNan,
             constexpr=lambda value: value,
             static_assert=lambda condition, *message: None,
             static_range=builtins.range,
-            program_id=lambda axis: Value(self.pid),
+            program_id=lambda axis: Value(self.pid[axis]),
             num_programs=lambda axis: Value(self.programs),
             arange=lambda first, end, layout=None: Value(torch.arange(first, end)),
             cdiv=lambda a, b: (a + (b - 1)) // b,
@@ -242,10 +250,13 @@ class Program:
             sigmoid=lambda value: Value(torch.sigmoid(value.data)),
             cumsum=lambda value, axis: Value(value.data.cumsum(axis)),
             max=lambda value, axis: Value(value.data.amax(axis)),
+            sum=lambda value, axis: Value(value.data.sum(axis)),
             reduce=_reduce,
             reshape=lambda value, shape: Value(value.data.reshape(*map(int, shape))),
             permute=lambda value, order: Value(value.data.permute(*order)),
             split=_split,
+            join=lambda a, b: Value(torch.stack([a.data, b.data], -1)),
+            cast=lambda value, dtype: value.to(dtype),
             convert_layout=lambda value, layout, assert_trivial=False: value,
             allocate_shared_memory=_allocate,
             load=load,
@@ -306,7 +317,7 @@ class KernelOnCpu:
             constants = {name: options[name] for name in self.names[len(args) :]}
             self.launched.append((self.name, constants))
             self.program.programs = grid[0]
-            for self.program.pid in range(grid[0]):
+            for self.program.pid in itertools.product(*map(range, grid)):
                 self.function(*given, **constants)
 
         return run

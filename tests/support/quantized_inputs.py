@@ -11,14 +11,25 @@ from torch import Tensor
 from compile_moe.ops.named_activations import program_text
 from compile_moe.ops.sort_tokens import sort_tokens_torch
 from compile_moe.quantization import TokenScaling
-from tests.support.quantized import Quantized
+from tests.support.quantized import Quantized, Variant
 
-STAGES = ("quantize_tokens", "quantized_gather_gemm", "quantized_scatter_gemm", "quantized_grouped_linear")
+STAGES = (
+    "quantize_tokens",
+    "quantized_gather_gemm",
+    "quantized_scatter_gemm",
+    "quantized_grouped_linear",
+    "quantized_one_token_experts",
+)
 
 
 def op(name: str) -> torch._ops.OpOverload:
     overload: torch._ops.OpOverload = getattr(torch.ops.compile_moe, name).default
     return overload
+
+
+def takes(stage: str, variant: Variant) -> bool:
+    """Whether an op takes layers of a scheme."""
+    return stage != "quantized_one_token_experts" or variant.made.token_scaling is None
 
 
 def stage_inputs(q: Quantized) -> dict[str, tuple[Any, ...]]:
@@ -34,14 +45,22 @@ def stage_inputs(q: Quantized) -> dict[str, tuple[Any, ...]]:
     if scheme.token_scaling is not None:
         tokens, between = scaling.quantize(x, q.a1_scale), scaling.quantize(rows, q.a2_scale)
     common = (scheme.text, dtype)
+    epilogue = program_text(layer.activation)
+    one = (x[:1], layer.topk_weights[:1], ids[:1])
+    if not m:
+        one = (torch.randn(1, x.size(1)).to(dtype), torch.ones(1, topk), torch.arange(topk)[None])
     return {
         "quantize_tokens": (x, scaling.text, q.a1_scale),
         "quantized_gather_gemm": (
             *(*tokens, *q.q1, slots, offsets, topk, *common),
-            *(layer.w1_bias, program_text(layer.activation), True),
+            *(layer.w1_bias, epilogue, True),
         ),
         "quantized_scatter_gemm": (*between, *q.q2, slots, offsets, m, topk, *common, layer.w2_bias, True),
         "quantized_grouped_linear": (*between, *q.q2, offsets, *common, layer.w2_bias),
+        "quantized_one_token_experts": (
+            *(one[0], *q.q1, *q.q2, *one[1:], scheme.text),
+            *(layer.expert_map, layer.w1_bias, layer.w2_bias, epilogue, True, True),
+        ),
     }
 
 

@@ -1,9 +1,9 @@
 """Programmatic dependent launch: a kernel is on the multiprocessors before the one ahead of it in the stream has ended.
 
 What a kernel does before :func:`await_earlier_kernels` runs beside whatever was launched before it, which need not be a
-kernel of this library, so ours do nothing before (but ``down_kernel`` of one token, which one launcher puts behind a
-kernel that has waited). Every program must call it, also one with nothing to do, because the
-end of a kernel promises the end of those ahead of it.
+kernel of this library, so ours do nothing before (but each ``down_kernel`` of one token, which its launcher puts behind
+a kernel that has waited). Every program must call it, also one with nothing to do, because the end of a kernel promises
+the end of those ahead of it.
 
 Source: the CUDA programming guide, "Programmatic Dependent Launch and Synchronization".
 """

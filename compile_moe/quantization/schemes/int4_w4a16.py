@@ -13,7 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from compile_moe.quantization.decoding import unsigned_to_float32
-from compile_moe.quantization.decoding_16_bits import nibble_words_less_8, nibbles_less_8
+from compile_moe.quantization.decoding_16_bits import (
+    nibble_words_less_8,
+    nibbles_less_8,
+    registers_of_nibbles_less_8,
+)
 from compile_moe.quantization.integer_groups import dequantize_groups, quantize_groups
 from compile_moe.quantization.nibbles import pack_nibbles, unpack_nibbles
 from compile_moe.quantization.parameters import check_size
@@ -43,6 +47,7 @@ class Int4Weights(Scheme):
     decode = decode
     decode_16_bits = nibbles_less_8
     decode_words = nibble_words_less_8
+    decode_registers = registers_of_nibbles_less_8
 
     group_size: int = 128
 

@@ -13,7 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from compile_moe.quantization.decoding import unsigned_to_float32
-from compile_moe.quantization.decoding_16_bits import byte_words_less_128, bytes_less_128
+from compile_moe.quantization.decoding_16_bits import (
+    byte_words_less_128,
+    bytes_less_128,
+    registers_of_bytes_less_128,
+)
 from compile_moe.quantization.integer_groups import dequantize_groups, quantize_groups
 from compile_moe.quantization.parameters import check_size
 from compile_moe.quantization.scheme import QuantizedWeights, Scheme, register
@@ -38,6 +42,7 @@ class Int8Weights(Scheme):
     decode = decode
     decode_16_bits = bytes_less_128
     decode_words = byte_words_less_128
+    decode_registers = registers_of_bytes_less_128
 
     group_size: int | None = None
 

@@ -17,7 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compile_moe.quantization.decoding_16_bits import e2m1_nibble_words, e2m1_nibbles, e8m0_numbers
+from compile_moe.quantization.decoding_16_bits import (
+    e2m1_nibble_words,
+    e2m1_nibbles,
+    e8m0_numbers,
+    registers_of_e2m1_nibbles,
+)
 from compile_moe.quantization.nibbles import pack_nibbles, unpack_nibbles
 from compile_moe.quantization.scheme import QuantizedWeights, Scheme, register
 
@@ -55,6 +60,7 @@ class Mxfp4(Scheme):
     decode = decode
     decode_16_bits = e2m1_nibbles
     decode_words = e2m1_nibble_words
+    decode_registers = registers_of_e2m1_nibbles
     powers_of_two = True
     decode_scale = decode_scale
     decode_scale_16_bits = e8m0_numbers

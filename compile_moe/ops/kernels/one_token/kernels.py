@@ -16,7 +16,7 @@ from compile_moe.ops.kernels.sort_tokens import local_expert
 
 
 @triton.jit
-def _expert(
+def expert_of(
     topk_ids_ptr, expert_map_ptr, slot, topk, stride_ij, num_global, num_experts, HAS_MAP: tl.constexpr
 ):
     """Local expert of each slot of the only token; ``num_experts`` where it is skipped, or none."""
@@ -35,7 +35,7 @@ def _expert(
 
 
 @triton.jit
-def _weight(ptrs, mask, dtype: tl.constexpr, ROUND: tl.constexpr):
+def router_weight(ptrs, mask, dtype: tl.constexpr, ROUND: tl.constexpr):
     weight = tl.load(ptrs, mask=mask, other=0.0)
     if ROUND:
         weight = weight.to(dtype)
@@ -79,7 +79,7 @@ def rows_kernel(
     await_earlier_kernels(EARLY)
     slot = tl.program_id(1) // SPLITS
     split = tl.program_id(1) % SPLITS
-    expert = _expert(topk_ids_ptr, expert_map_ptr, slot, topk, stride_ij, num_global, num_experts, HAS_MAP)
+    expert = expert_of(topk_ids_ptr, expert_map_ptr, slot, topk, stride_ij, num_global, num_experts, HAS_MAP)
     if expert == num_experts:
         return
     WIDTH: tl.constexpr = BLOCK_N if LAYOUT == "ungated" else 2 * BLOCK_N
@@ -170,16 +170,16 @@ def sum_kernel(
     await_earlier_kernels(EARLY)
     part = tl.arange(0, PARTS)
     slot = part // SPLITS
-    expert = _expert(topk_ids_ptr, expert_map_ptr, slot, topk, stride_ij, num_global, num_experts, HAS_MAP)
+    expert = expert_of(topk_ids_ptr, expert_map_ptr, slot, topk, stride_ij, num_global, num_experts, HAS_MAP)
     valid = expert < num_experts
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = column < num_columns
     x_ptrs = x_ptr + part.to(tl.int64)[:, None] * num_columns + column[None, :]
     y = tl.load(x_ptrs, mask=valid[:, None] & mask[None, :], other=0.0)
     if APPLY_WEIGHTS:
-        y *= _weight(topk_weights_ptr + slot * stride_tj, valid, out_ptr.dtype.element_ty, ROUND_WEIGHTS)[
-            :, None
-        ]
+        y *= router_weight(
+            topk_weights_ptr + slot * stride_tj, valid, out_ptr.dtype.element_ty, ROUND_WEIGHTS
+        )[:, None]
     tl.store(out_ptr + column, tl.sum(y, 0).to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -220,7 +220,7 @@ def down_kernel(
     slot = lane // BLOCK_N
     column = tl.program_id(0) * BLOCK_N + lane % BLOCK_N
     # Ahead of the wait: rows_kernel, which is always what was launched before, waited for all that wrote these.
-    expert = _expert(topk_ids_ptr, expert_map_ptr, slot, topk, stride_ij, num_global, num_experts, HAS_MAP)
+    expert = expert_of(topk_ids_ptr, expert_map_ptr, slot, topk, stride_ij, num_global, num_experts, HAS_MAP)
     valid = expert < num_experts
     mask = valid & (column < num_columns)
     expert = tl.where(valid, expert, 0).to(tl.int64)
@@ -244,7 +244,9 @@ def down_kernel(
     if HAS_BIAS:
         y += tl.load(bias_ptr + expert * stride_be + column * stride_bn, mask=mask, other=0.0).to(tl.float32)
     if APPLY_WEIGHTS:
-        y *= _weight(topk_weights_ptr + slot * stride_tj, valid, out_ptr.dtype.element_ty, ROUND_WEIGHTS)
+        y *= router_weight(
+            topk_weights_ptr + slot * stride_tj, valid, out_ptr.dtype.element_ty, ROUND_WEIGHTS
+        )
     y = tl.sum(tl.reshape(tl.where(valid, y, 0.0), (SLOTS, BLOCK_N)), 0)
     out_column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tl.store(out_ptr + out_column, y.to(out_ptr.dtype.element_ty), mask=out_column < num_columns)

@@ -1,0 +1,245 @@
+"""The experts of one token in a layer whose weights alone are quantized, as ``one_token_experts``.
+
+Compiled graphs call it in the place of the stages, where :func:`serves` says that it is faster.
+
+Args:
+    hidden_states: (1, K).
+    w1, w1_scale, w1_zp: (E, N, K) in the scheme's layout. w2, w2_scale, w2_zp: (E, K, I) in it.
+    topk_weights: (1, topk), floating point. topk_ids, expert_map: as for ``sort_tokens``.
+    scheme: text of a :class:`compile_moe.quantization.Scheme` that leaves tokens in their dtype.
+    w1_bias: (E, N), w2_bias: (E, K), of hidden_states' dtype, or None.
+    epilogue: program text, or "" for none.
+    apply_weights: False sums without weighting.
+    round_weights: topk_weights are rounded to hidden_states' dtype before they are applied.
+
+Returns:
+    (1, K) in hidden_states' dtype, contiguous. The rows between the GEMMs are rounded to it; what the experts return is
+    weighted and summed in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compile_moe.ops.epilogue import parse
+from compile_moe.ops.fused_moe import check_call, check_id_space, check_intermediate
+from compile_moe.ops.kernels.quantized.one_token import launches as kernels
+from compile_moe.ops.problem_size import require, shape
+from compile_moe.ops.quantized_format import weight_format
+from compile_moe.ops.quantized_gather_gemm import quantized_gather_gemm
+from compile_moe.ops.quantized_operands import check_output_bias, check_quantized_weight
+from compile_moe.ops.quantized_scatter_gemm import quantized_scatter_gemm
+from compile_moe.ops.registry import OutputSpec, define_op
+from compile_moe.ops.sort_tokens import debug_check_id_values, sort_tokens
+from compile_moe.ops.weight_and_reduce import weight_and_reduce
+from compile_moe.quantization import parse_scheme
+
+#: Bytes that are loaded at once: views that start elsewhere would be read slowly.
+_ALIGNMENT = 16
+#: Rows of the weights of a token's experts, of w1 or of w2, whichever are fewer. With fewer than these, the kernels
+#: were seen to be faster than the stages, by a fifth at 24576 in int4; with 32768 they were a tenth slower in int4, and
+#: as fast in int8 (H200).
+_ENOUGH_ROWS = 28 * 1024
+
+
+def serves(
+    hidden_states: Tensor,
+    w1: Tensor,
+    w1_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    topk: int,
+    scheme: str,
+) -> bool:
+    """Whether the op is the faster way for these arguments: one token, weights that the kernels take, too few
+    rows of them for the stages. Reads shapes, strides, dtypes and devices only, and adds no guards.
+    """
+    num_tokens = hidden_states.size(0)
+    sizes = (num_tokens, topk, *w1.shape, *w2.shape)
+    if not all(isinstance(size, int) for size in sizes) or num_tokens != 1 or not hidden_states.is_cuda:
+        return False
+    return (
+        parse_scheme(scheme).token_scaling is None
+        and 1 <= topk <= kernels.MOST_EXPERTS
+        and topk * min(w1.size(1), w2.size(1)) < _ENOUGH_ROWS
+        and all(w.storage_offset() % _ALIGNMENT == 0 for w in (w1, w2))
+        and _are_taken(hidden_states, w1, w1_scale, w2, w2_scale, scheme)
+    )
+
+
+def _are_taken(
+    hidden_states: Tensor, w1: Tensor, w1_scale: Tensor, w2: Tensor, w2_scale: Tensor, scheme: str
+) -> bool:
+    form = weight_format(scheme)
+    return all(kernels.serve(form, hidden_states, w, scale) for w, scale in ((w1, w1_scale), (w2, w2_scale)))
+
+
+def _check(
+    hidden_states: Tensor,
+    w1: Tensor,
+    w1_scale: Tensor,
+    w1_zp: Tensor | None,
+    w2: Tensor,
+    w2_scale: Tensor,
+    w2_zp: Tensor | None,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    scheme: str,
+    expert_map: Tensor | None = None,
+    w1_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
+    epilogue: str = "",
+    apply_weights: bool = True,
+    round_weights: bool = False,
+) -> None:
+    parsed = parse_scheme(scheme)
+    scaling = parsed.token_scaling
+    if scaling is not None:
+        raise ValueError(
+            f"scheme must be one that leaves tokens in their dtype, got {parsed.text}, which quantizes them "
+            f"({scaling.text}); call fused_experts"
+        )
+    check_call(hidden_states, w1, w2, topk_weights, topk_ids, expert_map, False)
+    require(
+        hidden_states.size(0) == 1,
+        lambda: (
+            f"hidden_states must be one token (1, K), got {shape(hidden_states)}; call fused_experts for more"
+        ),
+    )
+    check_id_space(w1, topk_ids, -1, expert_map)
+    dtype = hidden_states.dtype
+    check_quantized_weight("w1", "E, N, K", w1, w1_scale, w1_zp, hidden_states.size(1), parsed, dtype)
+    check_intermediate(w1, w2, epilogue, bool(epilogue) and parse(epilogue).gated, parsed.packed)
+    num_columns = w2.size(2) * parsed.packed
+    check_quantized_weight("w2", "E, K, I", w2, w2_scale, w2_zp, num_columns, parsed, dtype)
+    check_output_bias("w1_bias", w1_bias, "(E, N)", w1, dtype)
+    check_output_bias("w2_bias", w2_bias, "(E, K)", w2, dtype)
+
+
+def _outputs(hidden_states: Tensor, *_: object, **__: object) -> tuple[OutputSpec, ...]:
+    return ((tuple(hidden_states.shape), hidden_states.dtype),)
+
+
+def _torch(
+    hidden_states: Tensor,
+    w1: Tensor,
+    w1_scale: Tensor,
+    w1_zp: Tensor | None,
+    w2: Tensor,
+    w2_scale: Tensor,
+    w2_zp: Tensor | None,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    scheme: str,
+    expert_map: Tensor | None = None,
+    w1_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
+    epilogue: str = "",
+    apply_weights: bool = True,
+    round_weights: bool = False,
+) -> Tensor:
+    num_experts, topk, dtype = w1.size(0), topk_ids.size(1), hidden_states.dtype
+    if round_weights:
+        topk_weights = topk_weights.to(dtype)
+    # As the kernels, and as the fake says: of the tokens' dtype under autocast, too.
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        order = sort_tokens(topk_ids, num_experts, expert_map)
+        rows = quantized_gather_gemm(
+            hidden_states, None, w1, w1_scale, w1_zp, *order, topk, scheme, dtype, w1_bias, epilogue
+        )
+        fused_out = quantized_scatter_gemm(
+            rows, None, w2, w2_scale, w2_zp, *order, 1, topk, scheme, dtype, w2_bias
+        )
+        reduced: Tensor = weight_and_reduce(
+            fused_out, topk_weights, topk_ids, expert_map, num_experts, apply_weights
+        )
+    return reduced
+
+
+def _launch(
+    outputs: tuple[Tensor],
+    hidden_states: Tensor,
+    w1: Tensor,
+    w1_scale: Tensor,
+    w1_zp: Tensor | None,
+    w2: Tensor,
+    w2_scale: Tensor,
+    w2_zp: Tensor | None,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    scheme: str,
+    expert_map: Tensor | None = None,
+    w1_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
+    epilogue: str = "",
+    apply_weights: bool = True,
+    round_weights: bool = False,
+) -> None:
+    debug_check_id_values(topk_ids, w1.size(0), expert_map)
+    is_taken = _are_taken(hidden_states, w1, w1_scale, w2, w2_scale, scheme)
+    if not is_taken or not 1 <= topk_ids.size(1) <= kernels.MOST_EXPERTS:
+        raise NotImplementedError(
+            f"compile_moe::quantized_one_token_experts: got a token in {hidden_states.dtype} for {topk_ids.size(1)} "
+            f"experts, and in scheme {scheme} w1 {shape(w1)} with strides {w1.stride()} and w2 {shape(w2)} with "
+            f"strides {w2.stride()}, scales in {w1_scale.dtype} and {w2_scale.dtype}; accepted are 16-bit tokens in "
+            f"one piece (bfloat16 for mxfp4) for 1 to {kernels.MOST_EXPERTS} experts, weights in bytes or nibbles, "
+            "multiples of 16 rows, in one piece each and a multiple of 16 bytes long, with a scale a row or, in the "
+            "tokens' dtype or mxfp4's, for each 2^n columns from 32 on; call fused_experts"
+        )
+    if any(w.data_ptr() % kernels.WORD for w in (w1, w2)):
+        # A graph that was compiled for other weights may bring such.
+        reduced = _torch(
+            hidden_states,
+            w1,
+            w1_scale,
+            w1_zp,
+            w2,
+            w2_scale,
+            w2_zp,
+            topk_weights,
+            topk_ids,
+            scheme,
+            expert_map,
+            w1_bias,
+            w2_bias,
+            epilogue,
+            apply_weights,
+            round_weights,
+        )
+        outputs[0].copy_(reduced)
+        return
+    program = parse(epilogue) if epilogue else None
+    kernels.quantized_one_token_experts(
+        outputs[0],
+        hidden_states,
+        w1,
+        w1_scale,
+        w1_zp,
+        w2,
+        w2_scale,
+        w2_zp,
+        topk_weights,
+        topk_ids,
+        None if expert_map is None else expert_map.contiguous(),
+        weight_format(scheme),
+        w1_bias,
+        w2_bias,
+        program.triton_source() if program else "",
+        program.layout if program else "ungated",
+        apply_weights,
+        round_weights,
+    )
+
+
+quantized_one_token_experts = define_op(
+    "quantized_one_token_experts",
+    "Tensor hidden_states, Tensor w1, Tensor w1_scale, Tensor? w1_zp, Tensor w2, Tensor w2_scale, Tensor? w2_zp, "
+    "Tensor topk_weights, Tensor topk_ids, str scheme, Tensor? expert_map=None, Tensor? w1_bias=None, "
+    'Tensor? w2_bias=None, str epilogue="", bool apply_weights=True, bool round_weights=False',
+    ("out",),
+    check=_check,
+    outputs=_outputs,
+    torch_impl=_torch,
+    launch=_launch,
+)

@@ -1,0 +1,68 @@
+"""The kernels of one token on quantized weights with the formulas of their schemes, computed on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+import torch
+
+from compile_moe.ops.kernels.epilogue import build_epilogue
+from compile_moe.ops.kernels.quantized.one_token import launches
+from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
+from tests.support.gluon_on_cpu import DTYPES, KernelOnCpu, Pointer, Program, Value, mma_v2, on_cpu
+
+#: Names and constants, since it was last emptied.
+kernels_launched: list[tuple[str, dict[str, Any]]] = []
+
+
+def in_words(pointer: Pointer) -> Pointer:
+    assert int(pointer.offsets) % 4 == 0, "words start at a multiple of four bytes"
+    memory = pointer.memory[: pointer.memory.numel() // 4 * 4]
+    return Pointer(memory.view(torch.int32).long() & 0xFFFFFFFF, pointer.offsets // 4)
+
+
+def kernel_with_format(
+    kernel: Callable[..., None], weight_format: WeightFormat, epilogue_body: str
+) -> KernelOnCpu:
+    """For ``with_format`` of these kernels."""
+    program = Program()
+    decode = on_cpu(weight_format.decode, program, {})
+    decode_scale = on_cpu(weight_format.decode_scale, program, {})
+
+    def decode_registers(words: Value, dtype: Any) -> tuple[Value, ...]:
+        word, same = words.data.unbind(-1)
+        assert torch.equal(word, same), "each word is given twice"
+        stored = [word >> 8 * i & 255 for i in range(4)]
+        codes = [stored]
+        if weight_format.packed == 2:
+            codes = [[byte & 15 for byte in stored], [byte >> 4 for byte in stored]]
+        numbers = [[decode(Value(byte)).data.to(DTYPES[dtype]) for byte in each] for each in codes]
+        return tuple(Value(torch.stack([each[i], each[i + 2]], -1)) for each in numbers for i in range(2))
+
+    def decode_scale_16_bits(codes: Value, dtype: Any) -> Value:
+        return (decode_scale(codes) if weight_format.powers_of_two else codes).to(dtype)
+
+    def rounded(a: Value, b: Value, compute: Callable[[Any, Any], Any]) -> Value:
+        return Value(compute(a.data.double(), b.data.double()).to(a.data.dtype))
+
+    replaced = {
+        "decode": decode,
+        "decode_registers": decode_registers,
+        "decode_scale": decode_scale,
+        "decode_scale_16_bits": decode_scale_16_bits,
+        "times": lambda a, b: rounded(a, b, torch.mul),
+        "difference": lambda a, b: rounded(a, b, torch.sub),
+        "mma_v2": mma_v2,
+        "in_words": in_words,
+        "await_earlier_kernels": lambda early: None,
+    }
+    if epilogue_body:
+        replaced["epilogue"] = on_cpu(build_epilogue(epilogue_body), program, {})
+    return KernelOnCpu(kernel, replaced, kernels_launched)
+
+
+def one_token_on_cpu() -> AbstractContextManager[Any]:
+    return mock.patch.object(launches, "with_format", kernel_with_format)

@@ -1,0 +1,299 @@
+"""A layer of one token whose weights alone are quantized: compiled graphs take one op where it is faster."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import compile_moe
+from compile_moe import FusedMoEQuantConfig
+from compile_moe.ops import quantized_one_token_experts
+from compile_moe.ops.named_activations import program_text
+from tests.support.fake_cuda import GeneratedKernels, cuda_empty, fake_cuda, generated_kernels
+from tests.support.launchers import launch
+from tests.support.oracle import CASES
+from tests.support.quantized import VARIANTS, Variant, assert_as_accurate, make_quantized
+from tests.support.quantized_inputs import stage_inputs, takes
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+E, TOPK, K, I = 8, 2, 256, 128
+OP = "quantized_one_token_experts"
+STAGES = ["sort_tokens", "quantized_gather_gemm", "quantized_scatter_gemm"]
+INT4, INT8, MX = Variant("int4_w4a16"), Variant("int8_w8a16"), Variant("mxfp4_w4a16")
+ZEROS, NARROW = Variant("int4_w4a16", zero_points=True), Variant("int4_w4a16", (("group_size", 16),))
+FP8 = Variant("fp8_w8a8_channel")
+WEIGHT_ONLY = [name for name, variant in VARIANTS.items() if takes(OP, variant)]
+SILU = program_text("silu")
+Function = Callable[..., Any]
+
+
+def arguments(
+    variant: Variant = INT4,
+    m: int = 1,
+    topk: int = TOPK,
+    dtype: torch.dtype = torch.bfloat16,
+    biased: bool = False,
+    mapped: bool = False,
+) -> list[Any]:
+    """Tokens, weights and routing; what the config has; options of the layer."""
+    scheme = variant.made
+    config: dict[str, Tensor] = {}
+    weights = []
+    for name, sizes in (("w1", (E, 2 * I, K)), ("w2", (E, K, I))):
+        weights.append(cuda_empty(*scheme.weight_shape(*sizes), dtype=scheme.weight_dtype))
+        config[f"{name}_scale"] = cuda_empty(*scheme.scale_shape(*sizes), dtype=scheme.scale_dtype or dtype)
+        if variant.zero_points:
+            zeros = scheme.zero_point_shape(*sizes)
+            assert zeros is not None
+            config[f"{name}_zp"] = cuda_empty(*zeros, dtype=torch.uint8)
+    options: dict[str, Tensor] = {}
+    if biased:
+        options = {"w1_bias": cuda_empty(E, 2 * I, dtype=dtype), "w2_bias": cuda_empty(E, K, dtype=dtype)}
+    if mapped:
+        options["expert_map"] = cuda_empty(2 * E, dtype=torch.int32)
+    routing = cuda_empty(m, topk, dtype=torch.float32), cuda_empty(m, topk, dtype=torch.int64)
+    return [cuda_empty(m, K, dtype=dtype), *weights, *routing, config, options]
+
+
+def layer_of(variant: Variant = INT4, **settings: Any) -> Function:
+    def layer(*args: Any) -> Tensor:
+        *tensors, config, options = args
+        quant_config = FusedMoEQuantConfig(variant.scheme, **(variant.options | config))
+        return compile_moe.fused_experts(*tensors, quant_config=quant_config, **options, **settings)
+
+    return layer
+
+
+def generate(
+    function: Function, make: Callable[[], list[Any]] = arguments, **options: Any
+) -> GeneratedKernels:
+    with torch.no_grad():
+        return generated_kernels(function, make, joint_graph_constant_folding=False, **options)
+
+
+def clamped(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate.clamp(max=7)) * up
+
+
+def by_hand(group_of_down: int) -> Function:
+    """A layer of the stages, whose schemes may differ."""
+    text = "int4_w4a16(group_size={})"
+
+    def layer(*args: Any) -> Tensor:
+        x, w1, w2, weights, ids, scales, _ = args
+        ops, out = compile_moe.ops, (TOPK, text.format(128), x.dtype, None, SILU)
+        order = ops.sort_tokens(ids, E)
+        rows = ops.quantized_gather_gemm(x, None, w1, scales["w1_scale"], None, *order, *out)
+        out = 1, TOPK, text.format(group_of_down), x.dtype
+        fused_out = ops.quantized_scatter_gemm(rows, None, w2, scales["w2_scale"], None, *order, *out)
+        return ops.weight_and_reduce(fused_out, weights, ids, None, E)
+
+    return layer
+
+
+SERVED: dict[str, tuple[Variant, dict[str, Any], dict[str, Any]]] = {
+    "int4": (INT4, {}, {}),
+    "int4, zero points": (ZEROS, {}, {}),
+    "int4, float16": (INT4, {"dtype": torch.float16}, {}),
+    "int8": (INT8, {}, {}),
+    "int8, groups": (Variant("int8_w8a16", (("group_size", 64),), zero_points=True), {}, {}),
+    "mxfp4": (MX, {}, {}),
+    "biased": (MX, {"biased": True}, {"activation": "swigluoai"}),
+    "mapped": (INT4, {"mapped": True}, {}),
+    "callable": (INT4, {}, {"activation": clamped}),
+    "one expert a token": (INT8, {"topk": 1}, {}),
+    "four experts a token": (INT8, {"topk": 4}, {}),
+}
+NOT_SERVED: dict[str, tuple[Variant, dict[str, Any]]] = {
+    "two tokens": (INT4, {"m": 2}),
+    "tokens quantized": (FP8, {}),
+    "narrow groups": (NARROW, {}),
+    "float32": (INT4, {"dtype": torch.float32}),
+    "mxfp4, float16": (MX, {"dtype": torch.float16}),
+}
+
+
+@pytest.mark.parametrize("case", SERVED)
+def test_one_op(case: str) -> None:
+    variant, options, settings = SERVED[case]
+    generated = generate(layer_of(variant, **settings), lambda: arguments(variant, **options))
+    assert generated.op_calls == [OP] and not generated.triton_kernels
+
+
+@pytest.mark.parametrize("case", NOT_SERVED)
+def test_the_stages(case: str) -> None:
+    variant, options = NOT_SERVED[case]
+    generated = generate(layer_of(variant), lambda: arguments(variant, **options))
+    assert [name.removesuffix(".out") for name in generated.op_calls] == STAGES
+
+
+@pytest.mark.parametrize("is_few", [True, False])
+def test_few_rows_of_weights_only(is_few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = TOPK * min(2 * I, K)
+    # A module that its op hides.
+    enough = rows + 1 if is_few else rows
+    monkeypatch.setattr(sys.modules[f"compile_moe.ops.{OP}"], "_ENOUGH_ROWS", enough)
+    assert (OP in generate(layer_of()).op_calls) is is_few
+
+
+def test_dynamic_tokens_take_the_stages() -> None:
+    generated = generate(layer_of(), lambda: arguments(m=8), dynamic_dims=[(0, 0), (3, 0), (4, 0)])
+    assert OP not in generated.op_calls and "quantized_gather_gemm" in " ".join(generated.op_calls)
+
+
+@pytest.mark.parametrize("group", [128, 64])
+def test_stages_written_by_hand(group: int) -> None:
+    """GEMMs of two schemes stay."""
+
+    def make() -> list[Any]:
+        *tensors, scales, options = arguments()
+        return [*tensors, scales | {"w2_scale": cuda_empty(E, K, I // group)}, options]
+
+    calls = [name.removesuffix(".out") for name in generate(by_hand(group), make).op_calls]
+    assert calls == ([OP] if group == 128 else STAGES)
+
+
+def test_kernels_of_a_block() -> None:
+    """Behind the router's product: the router, the kernels of the op, and residual with norm."""
+
+    def block(x: Tensor, router: Tensor, norm: Tensor, *rest: Any) -> Tensor:
+        w1, w2, _, _, *more = rest
+        weights, ids = (x @ router.t()).float().softmax(-1).topk(TOPK)
+        return F.rms_norm(x + layer_of()(x, w1, w2, weights, ids, *more), norm.shape, norm)
+
+    def make() -> list[Any]:
+        x, *rest = arguments()
+        return [x, cuda_empty(E, K), cuda_empty(K), *rest]
+
+    generated = generate(block, make)
+    assert [name.removesuffix(".out") for name in generated.op_calls] == ["route_tokens", OP]
+    assert len(generated.triton_kernels) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_weights(dtype: torch.dtype) -> None:
+    """To the tokens' dtype in the kernel, to another one in front of it."""
+
+    def rounded(x: Tensor, w1: Tensor, w2: Tensor, weights: Tensor, *rest: Any) -> Tensor:
+        return layer_of()(x, w1, w2, weights.to(dtype), *rest)
+
+    generated = generate(rounded)
+    assert generated.op_calls == [OP]
+    assert len(generated.triton_kernels) == (0 if dtype is torch.bfloat16 else 1)
+
+
+def test_on_a_cpu() -> None:
+    """On a CPU a compiled layer of one token has stages as any other."""
+    q = make_quantized(INT4, M=1, dtype=torch.bfloat16)
+
+    def layer(*args: Tensor) -> Tensor:
+        return compile_moe.fused_experts(*args, quant_config=q.config())
+
+    names = [kernel.name for kernel in compile_moe.explain(layer, *q.args).kernels]
+    assert names[:3] == [f"compile_moe.{name}" for name in STAGES]
+
+
+def test_explained() -> None:
+    with fake_cuda(), FakeTensorMode(shape_env=ShapeEnv()):
+        (kernel,) = compile_moe.explain(layer_of(), *arguments()).kernels
+    assert (kernel.name, kernel.epilogue) == (f"compile_moe.{OP}", SILU)
+
+
+@pytest.mark.parametrize("case", ["M1", "odd", "mapped-int32-biased", "skipped", "ungated", "transposed"])
+@pytest.mark.parametrize("variant", WEIGHT_ONLY)
+def test_result_of_the_stages(variant: str, case: str) -> None:
+    q = make_quantized(VARIANTS[variant], **CASES[case] | {"M": 1})
+    *given, _ = stage_inputs(q)[OP]
+    expected = compile_moe.fused_experts(*q.args, **q.layer.options, quant_config=q.config())
+    assert torch.equal(quantized_one_token_experts(*given), expected)
+    assert_as_accurate(expected, q)
+
+
+def test_result_of_rounded_weights() -> None:
+    q = make_quantized(INT4, M=1, dtype=torch.bfloat16)
+    given = list(stage_inputs(q)[OP])
+    result = quantized_one_token_experts(*given)
+    given[7], given[-1] = given[7].bfloat16(), False
+    assert torch.equal(result, quantized_one_token_experts(*given))
+
+
+def test_autocast_changes_nothing() -> None:
+    given = stage_inputs(make_quantized(INT4, M=1))[OP]
+    with torch.autocast("cpu", torch.bfloat16):
+        result = quantized_one_token_experts(*given)
+    assert result.dtype is torch.float32 and torch.equal(result, quantized_one_token_experts(*given))
+
+
+def test_one_token_only() -> None:
+    x, *weights, router_weights, ids, scheme = stage_inputs(make_quantized(INT8))[OP][:10]
+    two = [t.repeat(2, 1) for t in (x, router_weights, ids)]
+    with pytest.raises(ValueError, match=r"must be one token \(1, K\), got \(2, 48\); call fused_experts"):
+        quantized_one_token_experts(two[0], *weights, *two[1:], scheme)
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        (INT4, {}),
+        (NARROW, {"dtype": torch.bfloat16}),
+        (INT8, {"dtype": torch.bfloat16, "transposed": True}),
+    ],
+    ids=["float32", "narrow groups", "columns"],
+)
+def test_what_the_kernels_do_not_take(variant: Variant, options: dict[str, Any]) -> None:
+    q = make_quantized(variant, M=1, K=128, I=128, **options)
+    message = rf"compile_moe::{OP}: got .* {variant.scheme}.* accepted are 16-bit .*; call fused_experts"
+    with pytest.raises(NotImplementedError, match=message):
+        launch(quantized_one_token_experts, *stage_inputs(q)[OP])
+
+
+class Calls(TorchDispatchMode):
+    """Records the arguments of the op's calls by name, but for defaults."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[dict[str, Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is quantized_one_token_experts:
+            self.found.append(dict(zip((a.name for a in func._schema.arguments), args, strict=False)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings", "num_calls"),
+    [
+        (INT4, {}, 2),
+        (ZEROS, {"dtype": torch.float16}, 2),
+        (MX, {"activation": "swigluoai"}, 2),
+        (FP8, {}, 0),
+        (INT4, {"activation": lambda gate_up: gate_up.chunk(2, -1)[0].cumsum(-1)}, 0),
+    ],
+    ids=["int4", "zero points", "mxfp4", "tokens quantized", "callable"],
+)
+def test_warm_up(variant: Variant, settings: dict[str, Any], num_calls: int) -> None:
+    """It loads what compiled graphs of one token call: with weights to round, and without."""
+    dtype = settings.get("dtype", torch.bfloat16)
+    with fake_cuda(), FakeTensorMode(), Calls() as calls:
+        _, w1, w2, _, _, config, options = arguments(variant, dtype=dtype, biased=True, mapped=True)
+        quant_config = FusedMoEQuantConfig(variant.scheme, **config)
+        compile_moe.warm_up(w1, w2, TOPK, quant_config=quant_config, **options, **settings)
+    assert [call.get("round_weights", False) for call in calls.found] == [False, True][:num_calls]
+    for call in calls.found:
+        x, scheme, epilogue = call["hidden_states"], call["scheme"], call["epilogue"]
+        assert (x.shape, x.dtype, call["topk_ids"].shape) == ((1, K), dtype, (1, TOPK))
+        assert scheme == variant.made.text and epilogue == program_text(settings.get("activation", "silu"))
+        assert all(call[name] is given for name, given in (config | options).items())

@@ -1,0 +1,98 @@
+"""The kernels of one token on quantized weights, whose language has no interpreter, computed by torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from compile_moe.ops import quantized_one_token_experts
+from tests.support.launchers import launch
+from tests.support.one_token_on_cpu import kernels_launched, one_token_on_cpu
+from tests.support.quantized import Quantized, assert_as_accurate
+from tests.support.quantized_one_token import CASES, VARIANTS, arguments_of, make
+
+#: Slots and their parts of the depth in the second GEMM.
+SEGMENTS = {"one expert": (1, 8), "two, deep": (2, 4), "plain": (2, 1), "eight": (8, 2), "sixteen": (16, 1)}
+
+
+@pytest.fixture(autouse=True)
+def on_cpu() -> Iterator[None]:
+    kernels_launched.clear()
+    with one_token_on_cpu():
+        yield
+
+
+def run(quantized: Quantized, *args: Any, **options: Any) -> torch.Tensor:
+    result: torch.Tensor = launch(
+        quantized_one_token_experts, *arguments_of(quantized, "cpu", *args, **options)
+    )
+    assert [kernel for kernel, _ in kernels_launched[-2:]] == ["up_kernel", "down_kernel"]
+    return result
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("variant", ["int8_w8a16", "mxfp4_w4a16", "int4, narrow groups"])
+def test_every_case(variant: str, case: str) -> None:
+    made = make(variant, case)
+    assert_as_accurate(run(made), made)
+    if case in SEGMENTS and variant == "int8_w8a16":
+        slots, parts = SEGMENTS[case]
+        constants = kernels_launched[-1][1]
+        assert (constants["SEGMENTS"], constants["PARTS"]) == (slots * parts, parts)
+
+
+@pytest.mark.parametrize("case", ["eight", "two, deep"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_format(variant: str, case: str) -> None:
+    made = make(variant, case)
+    assert_as_accurate(run(made), made)
+
+
+@pytest.mark.parametrize("variant", ["int4, zero points", "int8_w8a16"])
+def test_float16(variant: str) -> None:
+    made = make(variant, "plain", dtype=torch.float16)
+    assert_as_accurate(run(made), made)
+
+
+def test_router_weights() -> None:
+    """Rounded by the kernel as in front of it, or left out."""
+    made = make("int8_w8a16", "biased, interleaved")
+    rounded = made.layer.topk_weights.bfloat16().to(made.layer.topk_weights.dtype)
+    in_front = run(made, topk_weights=rounded)
+    assert torch.equal(run(made, round_weights=True), in_front) and not torch.equal(run(made), in_front)
+    ones = torch.ones_like(rounded)
+    assert torch.equal(run(made, apply_weights=False), run(made, topk_weights=ones))
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_ids_that_make_no_sense_lead_nowhere(mapped: bool) -> None:
+    """Loads and stores outside a tensor fail here; such slots count as skipped."""
+    made = make("int4, zero points", "plain", topk=4, biased=True, mapped=mapped)
+    ids = torch.tensor([[2**40, -(2**40), -1, 2**31 - 1]])
+    assert not run(made, topk_ids=ids).any()
+
+
+def test_numbers_that_are_none_stay_in_their_rows() -> None:
+    """A column that an expert has no number for has none, and others have; of skipped slots none counts."""
+    made = make("int8_w8a16", "plain", topk=4)
+    ids = torch.tensor([[3, -1, -1, -1]])
+    one, others = made.q2.scale.clone(), made.q2.scale.clone()
+    one[3, 5] = torch.nan
+    others[[0, 1, 2, 4, 5, 6, 7]] = torch.nan
+    assert run(made, topk_ids=ids, w2_scale=one).isnan().nonzero().tolist() == [[0, 5]]
+    assert not run(made, topk_ids=ids, w2_scale=others).isnan().any()
+
+
+def test_strides() -> None:
+    """Of rows with room behind them, of scales that all experts share, of scales in float32."""
+    made = make("int8_w8a16", "plain")
+    w1 = made.q1.weight
+    wide = torch.full((*w1.shape[:2], w1.size(2) + 32), 255, dtype=torch.uint8)[..., : w1.size(2)].copy_(w1)
+    plain = run(made)
+    assert torch.equal(run(made, w1=wide), plain)
+    assert torch.equal(run(made, w1_scale=made.q1.scale.float()), plain)
+    shared = made.q1.scale[:1].expand(8, -1)
+    assert torch.equal(run(made, w1_scale=shared), run(made, w1_scale=shared.contiguous()))
