@@ -25,8 +25,8 @@ VARIANTS = {name: Variant(name) for name in sorted(SCHEMES) if SCHEMES[name].dec
 #: What differs in the kernels: slots and parts of the depth (4 and 8 with one or two experts), ends of both, epilogues.
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "one expert": {"E": 2, "topk": 1, "K": 64, "I": 1760},
-    "two, deep": {"topk": 2, "K": 64, "I": 1568},
+    "one expert": {"E": 2, "topk": 1, "K": 32, "I": 1552},
+    "two, deep": {"topk": 2, "K": 32, "I": 784},
     "three": {"topk": 3},
     "eight": {"E": 16, "topk": 8, "K": 96, "I": 384},
     "ten": {"E": 32, "topk": 10, "K": 160, "I": 96},
