@@ -108,10 +108,10 @@ COMPILED = [
 
 @pytest.mark.parametrize(("variant", "shape", "capability"), COMPILED)
 def test_kernels_ahead_of_time(variant: str, shape: str, capability: int) -> None:
-    """Within the registers of the programs that a multiprocessor is meant to have; few are spilled."""
+    """Within the registers of the programs that a multiprocessor is meant to have; none are spilled."""
     arguments = of_shape(VARIANTS[variant], SHAPES[shape], shape == "gpt-oss-120b", **BF16)
     for launch in launches.launches_for(*arguments):
-        result = compile_launch(launch, capability, spills=64)
+        result = compile_launch(launch, capability, spills=0)
         assert result.registers <= launch.options["maxnreg"]
         # Weights, those of the first step ahead of the loop, and tokens, 16 bytes at a time.
         assert result.ptx.count("ld.global.v4") == (16 if VARIANTS[variant].made.packed == 2 else 12)

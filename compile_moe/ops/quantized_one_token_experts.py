@@ -12,6 +12,8 @@ Args:
     apply_weights: False sums without weighting.
     round_weights: topk_weights are rounded to hidden_states' dtype before they are applied.
 
+On CUDA, weights that start at no multiple of 4 bytes take the stages, which are slower.
+
 Returns:
     (1, K) in hidden_states' dtype, contiguous. The rows between the GEMMs are rounded to it; what the experts return is
     weighted and summed in float32 and rounded once.

@@ -7,12 +7,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
-import torch
-
 from compile_moe.ops.kernels.epilogue import build_epilogue
 from compile_moe.ops.kernels.quantized.few_rows import launches
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
-from tests.support.gluon_on_cpu import DTYPES, KernelOnCpu, Program, Value, copy_rows, mma_v2, on_cpu, view
+from tests.support.formulas_on_cpu import formulas_on_cpu
+from tests.support.gluon_on_cpu import DTYPES, KernelOnCpu, Program, Value, copy_rows, on_cpu, view
 
 #: Names and constants, since it was last emptied.
 kernels_launched: list[tuple[str, dict[str, Any]]] = []
@@ -33,8 +32,8 @@ def kernel_with_format(
 ) -> KernelOnCpu:
     """For ``with_format`` of these kernels."""
     program = Program()
-    decode = on_cpu(weight_format.decode, program, {})
-    decode_scale = on_cpu(weight_format.decode_scale, program, {})
+    formulas = formulas_on_cpu(weight_format, program)
+    decode = formulas["decode"]
 
     def decoded(codes: Value, dtype: Any) -> Value:
         """Of every four those of 0, 2, 1, 3."""
@@ -46,23 +45,12 @@ def kernel_with_format(
             return decoded(codes, dtype)
         return decoded(codes & 15, dtype), decoded(codes >> 4, dtype)
 
-    def decode_scale_16_bits(codes: Value, dtype: Any) -> Value:
-        return (decode_scale(codes) if weight_format.powers_of_two else codes).to(dtype)
-
-    def rounded(a: Value, b: Value, compute: Callable[[Any, Any], Any]) -> Value:
-        return Value(compute(a.data.double(), b.data.double()).to(a.data.dtype))
-
     replaced = {
-        "decode": decode,
+        **formulas,
         "decode_words": decode_words,
-        "decode_scale_16_bits": decode_scale_16_bits,
-        "times": lambda a, b: rounded(a, b, torch.mul),
-        "difference": lambda a, b: rounded(a, b, torch.sub),
-        "mma_v2": mma_v2,
         "async_copy": _AsyncCopy,
         "copy_rows": copy_rows,
         "view": view,
-        "await_earlier_kernels": lambda early: None,
     }
     if epilogue_body:
         replaced["epilogue"] = on_cpu(build_epilogue(epilogue_body), program, {})

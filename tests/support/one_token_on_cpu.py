@@ -12,7 +12,8 @@ import torch
 from compile_moe.ops.kernels.epilogue import build_epilogue
 from compile_moe.ops.kernels.quantized.one_token import launches
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
-from tests.support.gluon_on_cpu import DTYPES, KernelOnCpu, Pointer, Program, Value, mma_v2, on_cpu
+from tests.support.formulas_on_cpu import formulas_on_cpu
+from tests.support.gluon_on_cpu import DTYPES, KernelOnCpu, Pointer, Program, Value, on_cpu
 
 #: Names and constants, since it was last emptied.
 kernels_launched: list[tuple[str, dict[str, Any]]] = []
@@ -29,8 +30,8 @@ def kernel_with_format(
 ) -> KernelOnCpu:
     """For ``with_format`` of these kernels."""
     program = Program()
-    decode = on_cpu(weight_format.decode, program, {})
-    decode_scale = on_cpu(weight_format.decode_scale, program, {})
+    formulas = formulas_on_cpu(weight_format, program)
+    decode = formulas["decode"]
 
     def decode_registers(words: Value, dtype: Any) -> tuple[Value, ...]:
         word, same = words.data.unbind(-1)
@@ -42,22 +43,10 @@ def kernel_with_format(
         numbers = [[decode(Value(byte)).data.to(DTYPES[dtype]) for byte in each] for each in codes]
         return tuple(Value(torch.stack([each[i], each[i + 2]], -1)) for each in numbers for i in range(2))
 
-    def decode_scale_16_bits(codes: Value, dtype: Any) -> Value:
-        return (decode_scale(codes) if weight_format.powers_of_two else codes).to(dtype)
-
-    def rounded(a: Value, b: Value, compute: Callable[[Any, Any], Any]) -> Value:
-        return Value(compute(a.data.double(), b.data.double()).to(a.data.dtype))
-
     replaced = {
-        "decode": decode,
+        **formulas,
         "decode_registers": decode_registers,
-        "decode_scale": decode_scale,
-        "decode_scale_16_bits": decode_scale_16_bits,
-        "times": lambda a, b: rounded(a, b, torch.mul),
-        "difference": lambda a, b: rounded(a, b, torch.sub),
-        "mma_v2": mma_v2,
         "in_words": in_words,
-        "await_earlier_kernels": lambda early: None,
     }
     if epilogue_body:
         replaced["epilogue"] = on_cpu(build_epilogue(epilogue_body), program, {})

@@ -64,9 +64,9 @@ def load_scales(ptrs, group, num_groups, stride, SCALES: gl.constexpr):
 
 
 @gluon.jit
-def unpacked(zeros, row, PACKED_ZEROS: gl.constexpr):
-    """Each row's of the zero points that PACKED_ZEROS rows share."""
+def unpacked(zeros, row, PACKED_ZEROS: gl.constexpr, GROUPS_AXIS: gl.constexpr):
+    """Each row's of the zero points that PACKED_ZEROS rows share; groups are the dimension GROUPS_AXIS."""
     if PACKED_ZEROS > 1:
-        shift = gl.expand_dims(row % PACKED_ZEROS * (8 // PACKED_ZEROS), 0)
+        shift = gl.expand_dims(row % PACKED_ZEROS * (8 // PACKED_ZEROS), GROUPS_AXIS)
         zeros = (zeros.to(gl.int32) >> shift) & ((1 << (8 // PACKED_ZEROS)) - 1)
     return zeros

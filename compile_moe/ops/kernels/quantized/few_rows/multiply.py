@@ -223,7 +223,7 @@ def multiply(
                 view(s_smem, [1, SCALES, ROWS], plain).index(0).store(decode_scale_16_bits(codes, dtype))
                 codes = load_scales(s_ptrs, following, num_groups, stride_sk, SCALES)
                 if HAS_ZERO:
-                    zeros = decode(unpacked(zero_codes, s_row, PACKED_ZEROS)).to(dtype)
+                    zeros = decode(unpacked(zero_codes, s_row, PACKED_ZEROS, 0)).to(dtype)
                     view(z_smem, [1, SCALES, ROWS], plain).index(0).store(zeros)
                     zero_codes = load_scales(z_ptrs, following, num_groups, stride_zk, SCALES)
         # Into the stage that every thread read in the step before; then this step's has arrived.

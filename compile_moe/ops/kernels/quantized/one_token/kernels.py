@@ -12,8 +12,8 @@ from compile_moe.ops.kernels.epilogue import epilogue
 from compile_moe.ops.kernels.one_token.kernels import expert_of, router_weight
 from compile_moe.ops.kernels.quantized.few_rows.loads import weight_row
 from compile_moe.ops.kernels.quantized.one_token.layouts import (
-    CHUNK_BYTES,
     ROWS_OF_WARP,
+    STEP_BYTES,
     stored_scales,
     stored_tokens,
     stored_weights,
@@ -54,7 +54,6 @@ def up_kernel(
     PACKED: gl.constexpr,
     PACKED_ZEROS: gl.constexpr,
     GROUP: gl.constexpr,
-    CHUNKS: gl.constexpr,
     PARTS: gl.constexpr,
     EARLY: gl.constexpr,
 ):
@@ -68,20 +67,19 @@ def up_kernel(
     tile_n = gl.program_id(0)
     ROWS: gl.constexpr = ROWS_OF_WARP * PARTS
     COLUMNS: gl.constexpr = ROWS_OF_WARP if LAYOUT == "ungated" else ROWS_OF_WARP // 2
-    STEP: gl.constexpr = CHUNK_BYTES * CHUNKS
-    w_layout: gl.constexpr = gl.SliceLayout(1, stored_weights(PARTS, CHUNKS))
+    w_layout: gl.constexpr = gl.SliceLayout(1, stored_weights(PARTS))
     x_layout: gl.constexpr = gl.SliceLayout(1, stored_tokens(PARTS, PACKED))
-    s_layout: gl.constexpr = gl.SliceLayout(1, stored_scales(PARTS, PACKED, GROUP, CHUNKS))
+    s_layout: gl.constexpr = gl.SliceLayout(1, stored_scales(PARTS, PACKED, GROUP))
     row_bytes = depth // (16 * PACKED) * 16  # a multiple of 16, as Triton can see
 
     row = gl.arange(0, ROWS, layout=w_layout)
-    first = row // ROWS_OF_WARP * STEP
+    first = row // ROWS_OF_WARP * STEP_BYTES
     row = weight_row(row % ROWS_OF_WARP, tile_n, num_columns, LAYOUT, ROWS_OF_WARP, True)
     w_ptrs = in_words(w_ptr) + expert * (stride_we // 4) + row.to(gl.int64) * (stride_wn // 4) + first // 4
     token = gl.arange(0, 8 * PARTS, layout=x_layout)
-    first_x = token // 8 * STEP * PACKED
+    first_x = token // 8 * STEP_BYTES * PACKED
     s_row = gl.arange(0, ROWS, layout=s_layout)
-    s_first = s_row // ROWS_OF_WARP * STEP
+    s_first = s_row // ROWS_OF_WARP * STEP_BYTES
     s_row = weight_row(s_row % ROWS_OF_WARP, tile_n, num_columns, LAYOUT, ROWS_OF_WARP, True)
     y = multiply(
         w_ptrs, row >= 0, (row_bytes - first) // 4,
@@ -89,8 +87,8 @@ def up_kernel(
         scale_ptr + expert * stride_se + s_row.to(gl.int64) * stride_sn,
         zero_ptr + expert * stride_ze + (s_row // PACKED_ZEROS).to(gl.int64) * stride_zn,
         s_first, s_row >= 0, row_bytes - s_first, s_row, stride_sk, stride_zk,
-        gl.cdiv(row_bytes, STEP * PARTS),
-        HAS_ZERO, PACKED, PACKED_ZEROS, GROUP, CHUNKS, PARTS, PARTS, ROWS_OF_WARP, False,
+        gl.cdiv(row_bytes, STEP_BYTES * PARTS),
+        HAS_ZERO, PACKED, PACKED_ZEROS, GROUP, PARTS, PARTS, ROWS_OF_WARP, False,
     )  # fmt: skip
     y = gl.sum(gl.reshape(y, [PARTS, ROWS_OF_WARP]), 0)
     y_row = gl.arange(0, ROWS_OF_WARP, layout=y.type.layout)
@@ -143,7 +141,6 @@ def down_kernel(
     PACKED: gl.constexpr,
     PACKED_ZEROS: gl.constexpr,
     GROUP: gl.constexpr,
-    CHUNKS: gl.constexpr,
     PARTS: gl.constexpr,
     SEGMENTS: gl.constexpr,
     EARLY: gl.constexpr,
@@ -152,10 +149,9 @@ def down_kernel(
     COLUMNS: gl.constexpr = ROWS_OF_WARP // 2
     ROWS: gl.constexpr = COLUMNS * SEGMENTS
     WARPS: gl.constexpr = SEGMENTS // 2
-    STEP: gl.constexpr = CHUNK_BYTES * CHUNKS
-    w_layout: gl.constexpr = gl.SliceLayout(1, stored_weights(WARPS, CHUNKS))
+    w_layout: gl.constexpr = gl.SliceLayout(1, stored_weights(WARPS))
     x_layout: gl.constexpr = gl.SliceLayout(1, stored_tokens(WARPS, PACKED))
-    s_layout: gl.constexpr = gl.SliceLayout(1, stored_scales(WARPS, PACKED, GROUP, CHUNKS))
+    s_layout: gl.constexpr = gl.SliceLayout(1, stored_scales(WARPS, PACKED, GROUP))
     row_bytes = depth // (16 * PACKED) * 16  # a multiple of 16, as Triton can see
     first_column = gl.program_id(0) * COLUMNS
 
@@ -165,7 +161,7 @@ def down_kernel(
     expert = expert_of(topk_ids_ptr, expert_map_ptr, slot, topk, stride_ij, num_global, num_experts, HAS_MAP)
     w_valid = expert < num_experts
     expert = gl.where(w_valid, expert, 0).to(gl.int64)
-    first = row // COLUMNS % PARTS * STEP
+    first = row // COLUMNS % PARTS * STEP_BYTES
     row = (first_column + row % COLUMNS).to(gl.int64)
     w_ptrs = in_words(w_ptr) + expert * (stride_we // 4) + row * (stride_wn // 4) + first // 4
 
@@ -176,7 +172,7 @@ def down_kernel(
     )
     s_valid = s_expert < num_experts
     s_expert = gl.where(s_valid, s_expert, 0).to(gl.int64)
-    s_first = s_row // COLUMNS % PARTS * STEP
+    s_first = s_row // COLUMNS % PARTS * STEP_BYTES
     s_row = (first_column + s_row % COLUMNS).to(gl.int64)
 
     token = gl.arange(0, 8 * WARPS, layout=x_layout)
@@ -186,15 +182,15 @@ def down_kernel(
         topk_ids_ptr, expert_map_ptr, x_slot, topk, stride_ij, num_global, num_experts, HAS_MAP
     )
     x_valid = (token % 8 < 2) & (x_expert < num_experts)
-    first_x = x_segment % PARTS * STEP * PACKED
+    first_x = x_segment % PARTS * STEP_BYTES * PACKED
     y = multiply(
         w_ptrs, w_valid, (row_bytes - first) // 4,
         x_ptr + x_slot.to(gl.int64) * depth + first_x, x_valid, row_bytes * PACKED - first_x,
         scale_ptr + s_expert * stride_se + s_row * stride_sn,
         zero_ptr + s_expert * stride_ze + s_row // PACKED_ZEROS * stride_zn,
         s_first, s_valid, row_bytes - s_first, s_row, stride_sk, stride_zk,
-        gl.cdiv(row_bytes, STEP * PARTS),
-        HAS_ZERO, PACKED, PACKED_ZEROS, GROUP, CHUNKS, PARTS, WARPS, COLUMNS, EARLY,
+        gl.cdiv(row_bytes, STEP_BYTES * PARTS),
+        HAS_ZERO, PACKED, PACKED_ZEROS, GROUP, PARTS, WARPS, COLUMNS, EARLY,
     )  # fmt: skip
     y_row = gl.arange(0, ROWS, layout=y.type.layout)
     y_slot = y_row // COLUMNS // PARTS

@@ -23,7 +23,6 @@ from compile_moe.ops.kernels.tiles import row_stride
 MOST_EXPERTS = 16
 WORD = 4  # bytes that are loaded together at least
 _SMALLEST_GROUP = 32
-_CHUNKS = 2  # of a step
 _WARPS = 2  # of up_kernel, each with a part of the depth
 _MOST_SEGMENTS = 16
 _SEGMENT_BYTES = 192  # of a row, at least
@@ -102,7 +101,6 @@ def launches_for(
             "PACKED": weight_format.packed,
             "PACKED_ZEROS": weight_format.packed_zeros,
             "GROUP": weight_format.group,
-            "CHUNKS": _CHUNKS,
         }
 
     first = w1, w1_scale, w1_zp, w1_bias

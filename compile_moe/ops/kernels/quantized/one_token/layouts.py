@@ -11,21 +11,23 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from compile_moe.ops.kernels.quantized.few_rows.layouts import doubled, halves
+from compile_moe.ops.kernels.quantized.few_rows.layouts import doubled
 
 ROWS_OF_WARP = gl.constexpr(16)
 CHUNK_BYTES = gl.constexpr(64)
+CHUNKS = gl.constexpr(2)  # of a step
+STEP_BYTES = gl.constexpr(CHUNKS.value * CHUNK_BYTES.value)
 
 
 @gluon.constexpr_function
-def stored_weights(WARPS: int, CHUNKS: int) -> Any:
-    """Words (16 * WARPS, 16 * CHUNKS) of a step."""
+def stored_weights(WARPS: int) -> Any:
+    """Words (16 * WARPS, STEP_BYTES / 4) of a step."""
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [8, 0], *([0, w] for w in doubled(16, 16 * CHUNKS))],
+        reg_bases=[[0, 1], [0, 2], [8, 0], *([0, w] for w in doubled(16, STEP_BYTES.value // 4))],
         lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
         warp_bases=[[r, 0] for r in doubled(16, 16 * WARPS)],
         block_bases=[],
-        shape=[16 * WARPS, 16 * CHUNKS],
+        shape=[16 * WARPS, STEP_BYTES.value // 4],
     )
 
 
@@ -43,15 +45,15 @@ def stored_tokens(WARPS: int, PACKED: int) -> Any:
 
 
 @gluon.constexpr_function
-def stored_scales(WARPS: int, PACKED: int, GROUP: int, CHUNKS: int) -> Any:
+def stored_scales(WARPS: int, PACKED: int, GROUP: int) -> Any:
     """Scales (16 * WARPS, CHUNKS) of a step where a chunk has one, (16 * WARPS, 4 * CHUNKS) where each thread has."""
     of_chunk = 1 if 64 * PACKED <= GROUP else 4
     return gl.DistributedLinearLayout(
-        reg_bases=[[8, 0], *([0, p] for p in doubled(of_chunk, of_chunk * CHUNKS))],
+        reg_bases=[[8, 0], *([0, p] for p in doubled(of_chunk, of_chunk * CHUNKS.value))],
         lane_bases=[*([[0, 0], [0, 0]] if of_chunk == 1 else [[0, 1], [0, 2]]), [1, 0], [2, 0], [4, 0]],
         warp_bases=[[r, 0] for r in doubled(16, 16 * WARPS)],
         block_bases=[],
-        shape=[16 * WARPS, of_chunk * CHUNKS],
+        shape=[16 * WARPS, of_chunk * CHUNKS.value],
     )
 
 
@@ -78,16 +80,6 @@ def as_right_operand(tokens, WARPS: gl.constexpr):
     tokens = gl.permute(gl.reshape(tokens, [8 * WARPS, 4, 2, 2, 2]), (0, 2, 4, 1, 3))
     tokens = gl.permute(gl.reshape(tokens, [WARPS, 8, 32]), (0, 2, 1))
     return gl.convert_layout(tokens, layout, assert_trivial=True)
-
-
-@gluon.jit
-def chunks_of(t, CHUNKS: gl.constexpr):
-    """The chunks, one or two, of a step's (rows, columns)."""
-    if CHUNKS == 1:
-        return (t,)
-    else:
-        gl.static_assert(CHUNKS == 2)
-        return halves(t)
 
 
 @gluon.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from compile_moe.ops.kernels.quantized.one_token.layouts import CHUNK_BYTES
+from compile_moe.ops.kernels.quantized.one_token.layouts import STEP_BYTES
 
 
 @gluon.jit
@@ -35,7 +35,6 @@ def load_groups(
     left,
     stride,
     PIECES: gl.constexpr,
-    CHUNKS: gl.constexpr,
     GROUP_BYTES: gl.constexpr,
 ):
     """(rows, PIECES) of the groups that a step's pieces belong to, at pointers (rows,) to rows' first group.
@@ -45,17 +44,8 @@ def load_groups(
         byte: of the step, counted from there. valid, left: as there, in bytes.
     """
     layout: gl.constexpr = ptrs.type.layout.parent
-    BYTES: gl.constexpr = CHUNK_BYTES * CHUNKS // PIECES
+    BYTES: gl.constexpr = STEP_BYTES // PIECES
     b = byte + gl.arange(0, PIECES, layout=gl.SliceLayout(0, layout)) * BYTES
     mask = (gl.expand_dims(b, 0) < gl.expand_dims(left, 1)) & gl.expand_dims(valid, 1)
     group = (gl.expand_dims(first, 1) + gl.expand_dims(b, 0)) // GROUP_BYTES
     return gl.load(gl.expand_dims(ptrs, 1) + group.to(gl.int64) * stride, mask=mask, other=0)
-
-
-@gluon.jit
-def unpacked(zeros, row, PACKED_ZEROS: gl.constexpr):
-    """Each row's of the zero points (rows, pieces) that PACKED_ZEROS rows share."""
-    if PACKED_ZEROS > 1:
-        shift = gl.expand_dims(row % PACKED_ZEROS * (8 // PACKED_ZEROS), 1)
-        zeros = (zeros.to(gl.int32) >> shift) & ((1 << (8 // PACKED_ZEROS)) - 1)
-    return zeros

@@ -12,15 +12,18 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from compile_moe.ops.kernels.early_launch import await_earlier_kernels
 from compile_moe.ops.kernels.quantized.arithmetic import difference, times
+from compile_moe.ops.kernels.quantized.few_rows.layouts import halves
+from compile_moe.ops.kernels.quantized.few_rows.loads import unpacked
 from compile_moe.ops.kernels.quantized.one_token.layouts import (
     CHUNK_BYTES,
+    CHUNKS,
+    STEP_BYTES,
     as_left_operand,
     as_right_operand,
-    chunks_of,
     eights,
     products,
 )
-from compile_moe.ops.kernels.quantized.one_token.loads import load_groups, load_step, unpacked
+from compile_moe.ops.kernels.quantized.one_token.loads import load_groups, load_step
 from compile_moe.ops.kernels.quantized.weight_format import (
     decode,
     decode_registers,
@@ -88,7 +91,6 @@ def multiply(
     PACKED: gl.constexpr,
     PACKED_ZEROS: gl.constexpr,
     GROUP: gl.constexpr,
-    CHUNKS: gl.constexpr,
     PARTS: gl.constexpr,
     WARPS: gl.constexpr,
     ROWS_OF_SEGMENT: gl.constexpr,
@@ -102,33 +104,31 @@ def multiply(
         AWAIT: the first weights are loaded ahead of the wait for the earlier kernels, which wrote the tokens.
     """
     dtype: gl.constexpr = x_ptrs.dtype.element_ty
-    WORDS: gl.constexpr = CHUNK_BYTES * CHUNKS // 4
-    AHEAD: gl.constexpr = CHUNK_BYTES * CHUNKS * PARTS  # bytes to a part's next step
+    WORDS: gl.constexpr = STEP_BYTES // 4
+    AHEAD: gl.constexpr = STEP_BYTES * PARTS  # bytes to a part's next step
     # Of a chunk whose columns share a scale, it is less work to scale the sums.
     SCALES_SUMS: gl.constexpr = GROUP >= CHUNK_BYTES * PACKED
     PIECES: gl.constexpr = CHUNKS if SCALES_SUMS else 4 * CHUNKS  # of a step, each of which has one scale
     GROUP_BYTES: gl.constexpr = GROUP // PACKED
     w = load_step(w_ptrs, 0, w_valid, w_left, WORDS)
     if GROUP > 0:
-        s = load_groups(s_ptrs, s_first, 0, s_valid, s_left, stride_sk, PIECES, CHUNKS, GROUP_BYTES)
+        s = load_groups(s_ptrs, s_first, 0, s_valid, s_left, stride_sk, PIECES, GROUP_BYTES)
         if HAS_ZERO:
-            z = load_groups(z_ptrs, s_first, 0, s_valid, s_left, stride_zk, PIECES, CHUNKS, GROUP_BYTES)
+            z = load_groups(z_ptrs, s_first, 0, s_valid, s_left, stride_zk, PIECES, GROUP_BYTES)
     await_earlier_kernels(AWAIT)
     # Two sums, which the tensor cores add to in turn.
     acc = gl.zeros([WARPS, 16, 8], gl.float32, products(WARPS))
     other = acc
     for step in range(num_steps):
         byte = (step + 1) * AHEAD
-        words = chunks_of(w, CHUNKS)
+        words = halves(w)
         w = load_step(w_ptrs, byte // 4, w_valid, w_left, WORDS)
         if GROUP > 0:
-            scales = chunks_of(s, CHUNKS)
-            s = load_groups(s_ptrs, s_first, byte, s_valid, s_left, stride_sk, PIECES, CHUNKS, GROUP_BYTES)
+            scales = halves(s)
+            s = load_groups(s_ptrs, s_first, byte, s_valid, s_left, stride_sk, PIECES, GROUP_BYTES)
             if HAS_ZERO:
-                zeros = chunks_of(decode(unpacked(z, s_row, PACKED_ZEROS)).to(dtype), CHUNKS)
-                z = load_groups(
-                    z_ptrs, s_first, byte, s_valid, s_left, stride_zk, PIECES, CHUNKS, GROUP_BYTES
-                )
+                zeros = halves(decode(unpacked(z, s_row, PACKED_ZEROS, 1)).to(dtype))
+                z = load_groups(z_ptrs, s_first, byte, s_valid, s_left, stride_zk, PIECES, GROUP_BYTES)
         for i in gl.static_range(CHUNKS):
             column = (step * AHEAD + i * CHUNK_BYTES) * PACKED
             x = load_step(x_ptrs, column, x_valid, x_left, CHUNK_BYTES * PACKED)
