@@ -11,6 +11,7 @@ from compile_moe.activations import ActivationLike, resolve_activation
 from compile_moe.dtensor_weights import local_tensors
 from compile_moe.fused_experts import fused_experts
 from compile_moe.ops.one_token_experts import one_token_experts, serves
+from compile_moe.ops.quantize_tokens import quantize_tokens
 from compile_moe.ops.quantized_one_token_experts import quantized_one_token_experts
 from compile_moe.ops.quantized_one_token_experts import serves as serves_quantized
 from compile_moe.ops.registry import loading_everything
@@ -100,12 +101,19 @@ def _load_one_token(
         is_served = serves(hidden_states, w1, w2, topk)
         load = functools.partial(one_token_experts, hidden_states, w1, w2, *router, *options)
     else:
-        q, scheme = quant_config, quant_config.facts.text
+        q, facts = quant_config, quant_config.facts
         assert q.w1_scale is not None and q.w2_scale is not None, "fused_experts took them"
-        is_served = serves_quantized(hidden_states, w1, q.w1_scale, w2, q.w2_scale, topk, scheme)
+        form = facts.text, hidden_states.dtype
+        tokens, scale = (
+            quantize_tokens(hidden_states, facts.scaling) if facts.scaling else (hidden_states, None)
+        )
+        # The stages take static scales.
+        is_served = q.a2_scale is None and serves_quantized(
+            tokens, w1, q.w1_scale, w2, q.w2_scale, topk, *form
+        )
         weights = w1, q.w1_scale, q.w1_zp, w2, q.w2_scale, q.w2_zp
         load = functools.partial(
-            quantized_one_token_experts, hidden_states, *weights, *router, scheme, *options
+            quantized_one_token_experts, tokens, scale, *weights, *router, *form, *options
         )
     if is_served:
         for round_weights in (False, True):

@@ -1,4 +1,4 @@
-"""A layer of one token whose weights alone are quantized: compiled graphs take one op where it is faster."""
+"""A quantized layer of one token: compiled graphs take one op where it is faster."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.fake_cuda import GeneratedKernels, cuda_empty, fake_cuda, gen
 from tests.support.launchers import launch
 from tests.support.oracle import CASES
 from tests.support.quantized import VARIANTS, Variant, assert_as_accurate, make_quantized
-from tests.support.quantized_inputs import stage_inputs, takes
+from tests.support.quantized_inputs import stage_inputs
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -31,8 +31,9 @@ OP = "quantized_one_token_experts"
 STAGES = ["sort_tokens", "quantized_gather_gemm", "quantized_scatter_gemm"]
 INT4, INT8, MX = Variant("int4_w4a16"), Variant("int8_w8a16"), Variant("mxfp4_w4a16")
 ZEROS, NARROW = Variant("int4_w4a16", zero_points=True), Variant("int4_w4a16", (("group_size", 16),))
-FP8 = Variant("fp8_w8a8_channel")
-WEIGHT_ONLY = [name for name, variant in VARIANTS.items() if takes(OP, variant)]
+FP8, TENSOR = Variant("fp8_w8a8_channel"), Variant("fp8_w8a8_tensor")
+#: Schemes that quantize tokens.
+TOKENS = (FP8, TENSOR, Variant("fp8_w8a8_block"), Variant("int8_w8a8_channel"))
 SILU = program_text("silu")
 Function = Callable[..., Any]
 
@@ -44,6 +45,7 @@ def arguments(
     dtype: torch.dtype = torch.bfloat16,
     biased: bool = False,
     mapped: bool = False,
+    static: bool = False,
 ) -> list[Any]:
     """Tokens, weights and routing; what the config has; options of the layer."""
     scheme = variant.made
@@ -56,6 +58,8 @@ def arguments(
             zeros = scheme.zero_point_shape(*sizes)
             assert zeros is not None
             config[f"{name}_zp"] = cuda_empty(*zeros, dtype=torch.uint8)
+    if static:
+        config |= {name: cuda_empty(1, dtype=torch.float32) for name in ("a1_scale", "a2_scale")}
     options: dict[str, Tensor] = {}
     if biased:
         options = {"w1_bias": cuda_empty(E, 2 * I, dtype=dtype), "w2_bias": cuda_empty(E, K, dtype=dtype)}
@@ -102,6 +106,38 @@ def by_hand(group_of_down: int) -> Function:
     return layer
 
 
+def rows_quantized(variant: Variant, change: str = "") -> Function:
+    """A layer of the stages, whose rows are quantized as the scheme says, or otherwise."""
+    text = variant.made.text
+    assert variant.made.token_scaling is not None
+    scaling = variant.made.token_scaling.text
+
+    def layer(*args: Any) -> Any:
+        x, w1, w2, weights, ids, scales, _ = args
+        ops, order = compile_moe.ops, compile_moe.ops.sort_tokens(ids, E)
+        out = text, torch.float16 if change == "dtype" else x.dtype
+        tokens = ops.quantize_tokens(x, scaling)
+        gate_up = ops.quantized_gather_gemm(
+            *tokens, w1, scales["w1_scale"], None, *order, TOPK, *out, None, SILU
+        )
+        rows = ops.quantize_tokens(
+            gate_up,
+            f"float8_e4m3fn per group of {I}" if change == "scaling" else scaling,
+            scales["static"] if change == "static" else None,
+            None,
+            order[1] if change == "offsets" else None,
+        )
+        scale = rows[1].flip(0) if change == "other scales" else rows[1]
+        fused_out = ops.quantized_scatter_gemm(
+            rows[0], scale, w2, scales["w2_scale"], None, *order, 1, TOPK, text, x.dtype
+        )
+        reduced = ops.weight_and_reduce(fused_out, weights, ids, None, E)
+        read = {"rows read": rows[0], "scales read": rows[1], "result read": gate_up}
+        return (reduced, read[change]) if change in read else reduced
+
+    return layer
+
+
 SERVED: dict[str, tuple[Variant, dict[str, Any], dict[str, Any]]] = {
     "int4": (INT4, {}, {}),
     "int4, zero points": (ZEROS, {}, {}),
@@ -117,7 +153,9 @@ SERVED: dict[str, tuple[Variant, dict[str, Any], dict[str, Any]]] = {
 }
 NOT_SERVED: dict[str, tuple[Variant, dict[str, Any]]] = {
     "two tokens": (INT4, {"m": 2}),
-    "tokens quantized": (FP8, {}),
+    "static scales": (TENSOR, {"static": True}),
+    "tokens quantized, float32": (TOKENS[-1], {"dtype": torch.float32}),
+    "two quantized tokens": (FP8, {"m": 2}),
     "narrow groups": (NARROW, {}),
     "float32": (INT4, {"dtype": torch.float32}),
     "mxfp4, float16": (MX, {"dtype": torch.float16}),
@@ -129,6 +167,32 @@ def test_one_op(case: str) -> None:
     variant, options, settings = SERVED[case]
     generated = generate(layer_of(variant, **settings), lambda: arguments(variant, **options))
     assert generated.op_calls == [OP] and not generated.triton_kernels
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ({}, {}),
+        ({"biased": True, "mapped": True}, {"activation": "swigluoai"}),
+        ({"topk": 4}, {"activation": clamped}),
+    ],
+    ids=["plain", "biased, mapped", "callable"],
+)
+@pytest.mark.parametrize("variant", TOKENS, ids=lambda variant: variant.scheme)
+def test_one_op_behind_quantized_tokens(
+    variant: Variant, options: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    """The rows between the GEMMs are quantized inside."""
+    generated = generate(layer_of(variant, **settings), lambda: arguments(variant, **options))
+    assert generated.op_calls == [OP] and len(generated.triton_kernels) == 1
+
+
+def test_no_float8() -> None:
+    """Devices without it refuse as they did."""
+    older = generate(layer_of(FP8), lambda: arguments(FP8), capability=(8, 0))
+    assert OP not in older.op_calls and "quantized_gather_gemm" in " ".join(older.op_calls)
+    int8 = TOKENS[-1]
+    assert generate(layer_of(int8), lambda: arguments(int8), capability=(8, 0)).op_calls == [OP]
 
 
 @pytest.mark.parametrize("case", NOT_SERVED)
@@ -162,6 +226,23 @@ def test_stages_written_by_hand(group: int) -> None:
 
     calls = [name.removesuffix(".out") for name in generate(by_hand(group), make).op_calls]
     assert calls == ([OP] if group == 128 else STAGES)
+
+
+#: "other scales" of a token each, "static" ones of all.
+CHANGES = "dtype", "scaling", "static", "offsets", "other scales", "rows read", "scales read", "result read"
+
+
+@pytest.mark.parametrize("change", ["", *CHANGES])
+def test_rows_quantized_by_hand(change: str) -> None:
+    """As the scheme says, from GEMM 1's result alone, for GEMM 2 alone; all else stays."""
+    variant = TENSOR if change == "static" else FP8
+
+    def make() -> list[Any]:
+        *tensors, scales, options = arguments(variant)
+        return [*tensors, scales | {"static": cuda_empty(1, dtype=torch.float32)}, options]
+
+    calls = generate(rows_quantized(variant, change), make).op_calls
+    assert (OP in calls) is (not change) and ("quantized_scatter_gemm" in " ".join(calls)) is bool(change)
 
 
 def test_kernels_of_a_block() -> None:
@@ -211,7 +292,7 @@ def test_explained() -> None:
 
 
 @pytest.mark.parametrize("case", ["M1", "odd", "mapped-int32-biased", "skipped", "ungated", "transposed"])
-@pytest.mark.parametrize("variant", WEIGHT_ONLY)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_result_of_the_stages(variant: str, case: str) -> None:
     q = make_quantized(VARIANTS[variant], **CASES[case] | {"M": 1})
     *given, _ = stage_inputs(q)[OP]
@@ -224,7 +305,7 @@ def test_result_of_rounded_weights() -> None:
     q = make_quantized(INT4, M=1, dtype=torch.bfloat16)
     given = list(stage_inputs(q)[OP])
     result = quantized_one_token_experts(*given)
-    given[7], given[-1] = given[7].bfloat16(), False
+    given[8], given[-1] = given[8].bfloat16(), False
     assert torch.equal(result, quantized_one_token_experts(*given))
 
 
@@ -236,10 +317,10 @@ def test_autocast_changes_nothing() -> None:
 
 
 def test_one_token_only() -> None:
-    x, *weights, router_weights, ids, scheme = stage_inputs(make_quantized(INT8))[OP][:10]
+    x, scale, *weights, router_weights, ids, scheme, dtype = stage_inputs(make_quantized(INT8))[OP][:12]
     two = [t.repeat(2, 1) for t in (x, router_weights, ids)]
     with pytest.raises(ValueError, match=r"must be one token \(1, K\), got \(2, 48\); call fused_experts"):
-        quantized_one_token_experts(two[0], *weights, *two[1:], scheme)
+        quantized_one_token_experts(two[0], scale, *weights, *two[1:], scheme, dtype)
 
 
 @pytest.mark.parametrize(
@@ -248,8 +329,9 @@ def test_one_token_only() -> None:
         (INT4, {}),
         (NARROW, {"dtype": torch.bfloat16}),
         (INT8, {"dtype": torch.bfloat16, "transposed": True}),
+        (FP8, {"dtype": torch.bfloat16, "transposed": True}),
     ],
-    ids=["float32", "narrow groups", "columns"],
+    ids=["float32", "narrow groups", "columns", "columns, tokens quantized"],
 )
 def test_what_the_kernels_do_not_take(variant: Variant, options: dict[str, Any]) -> None:
     q = make_quantized(variant, M=1, K=128, I=128, **options)
@@ -279,21 +361,35 @@ class Calls(TorchDispatchMode):
         (INT4, {}, 2),
         (ZEROS, {"dtype": torch.float16}, 2),
         (MX, {"activation": "swigluoai"}, 2),
-        (FP8, {}, 0),
+        *((variant, {}, 2) for variant in TOKENS),
+        (TENSOR, {"static": True}, 0),
         (INT4, {"activation": lambda gate_up: gate_up.chunk(2, -1)[0].cumsum(-1)}, 0),
     ],
-    ids=["int4", "zero points", "mxfp4", "tokens quantized", "callable"],
+    ids=[
+        "int4",
+        "zero points",
+        "mxfp4",
+        *(variant.scheme for variant in TOKENS),
+        "static scales",
+        "callable",
+    ],
 )
 def test_warm_up(variant: Variant, settings: dict[str, Any], num_calls: int) -> None:
     """It loads what compiled graphs of one token call: with weights to round, and without."""
-    dtype = settings.get("dtype", torch.bfloat16)
+    settings = {"dtype": torch.bfloat16, "static": False} | settings
+    dtype, static = settings["dtype"], settings.pop("static")
     with fake_cuda(), FakeTensorMode(), Calls() as calls:
-        _, w1, w2, _, _, config, options = arguments(variant, dtype=dtype, biased=True, mapped=True)
+        _, w1, w2, _, _, config, options = arguments(
+            variant, dtype=dtype, biased=True, mapped=True, static=static
+        )
         quant_config = FusedMoEQuantConfig(variant.scheme, **config)
         compile_moe.warm_up(w1, w2, TOPK, quant_config=quant_config, **options, **settings)
     assert [call.get("round_weights", False) for call in calls.found] == [False, True][:num_calls]
     for call in calls.found:
         x, scheme, epilogue = call["hidden_states"], call["scheme"], call["epilogue"]
-        assert (x.shape, x.dtype, call["topk_ids"].shape) == ((1, K), dtype, (1, TOPK))
+        scaling = variant.made.token_scaling
+        assert (x.shape, x.dtype) == ((1, K), dtype if scaling is None else scaling.dtype)
+        assert (call["hidden_states_scale"] is None) is (scaling is None)
+        assert (call["out_dtype"], call["topk_ids"].shape) == (dtype, (1, TOPK))
         assert scheme == variant.made.text and epilogue == program_text(settings.get("activation", "silu"))
         assert all(call[name] is given for name, given in (config | options).items())

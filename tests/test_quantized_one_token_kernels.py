@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import compile_moe
-from compile_moe.ops import quantized_one_token_experts
+from compile_moe.ops import quantize_tokens, quantized_one_token_experts
 from compile_moe.ops.epilogue import parse
 from compile_moe.ops.kernels.quantized.one_token import launches
 from compile_moe.ops.kernels.quantized.one_token.launches import parts_of_slots, serve
@@ -24,18 +24,20 @@ from tests.test_kernels_ahead_of_time import SHAPES, compile_launch, empty
 BF16 = {"dtype": torch.bfloat16}
 #: Stored numbers, without zero points.
 ZERO_AND_ONE = {"int4_w4a16": (8, 9), "int8_w8a16": (128, 129), "mxfp4_w4a16": (0, 2)}
+WEIGHT_ONLY = [name for name, variant in VARIANTS.items() if variant.made.token_scaling is None]
 
 
 def served(
     variant: Variant, k: int = 512, dtype: torch.dtype = torch.bfloat16, rows: int = 64, **changed: Tensor
 ) -> bool:
     scheme = variant.made
+    scaling = scheme.token_scaling
     tensors = {
-        "x": torch.empty(1, k, dtype=dtype),
+        "x": torch.empty(1, k, dtype=dtype if scaling is None else scaling.dtype),
         "w": torch.empty(*scheme.weight_shape(2, rows, k), dtype=scheme.weight_dtype),
         "w_scale": torch.empty(*scheme.scale_shape(2, rows, k), dtype=scheme.scale_dtype or dtype),
     }
-    return serve(weight_format(scheme.text), **(tensors | changed))
+    return serve(weight_format(scheme.text), **(tensors | changed), out_dtype=dtype)
 
 
 def test_where_they_serve() -> None:
@@ -52,7 +54,10 @@ def test_where_they_serve() -> None:
     assert not served(int8, x=torch.empty(1, 1024, **BF16)[:, ::2])
     assert not served(int8, w=torch.empty(2, 512, 64, dtype=torch.uint8).transpose(1, 2))
     assert not served(int8, w=torch.empty(2, 0, 512, dtype=torch.uint8))
-    assert not served(Variant("fp8_w8a8_channel"), x=torch.empty(1, 512, dtype=torch.float8_e4m3fn))
+    # Decoded to bfloat16, with scales of whole steps.
+    assert served(Variant("fp8_w8a8_channel"), dtype=torch.float16)
+    assert not served(Variant("fp8_w8a8_channel"), dtype=torch.float32)
+    assert not served(Variant("fp8_w8a8_block", (("block_shape", (128, 64)),)))
 
 
 def test_segments() -> None:
@@ -65,7 +70,7 @@ def test_segments() -> None:
 def of_shape(variant: Variant, sizes: tuple[int, int, int, int], biased: bool, **dtype: Any) -> Any:
     """Arguments of ``launches_for``, without memory."""
     e, topk, k, i = sizes
-    scheme = variant.made
+    scheme, scaling = variant.made, variant.made.token_scaling
     k, i = (-(-size // scheme.column_multiple) * scheme.column_multiple for size in (k, i))
 
     def weights(n: int, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -80,13 +85,15 @@ def of_shape(variant: Variant, sizes: tuple[int, int, int, int], biased: bool, *
     return (
         empty(1, k, **dtype),
         empty(topk, i, **dtype),
-        empty(1, k, **dtype),
+        empty(1, k, **dtype) if scaling is None else empty(1, k, dtype=scaling.dtype),
+        None if scaling is None else empty(*scaling.scale_shape(1, k), dtype=torch.float32),
         *weights(2 * i, k),
         *weights(k, i),
         empty(1, topk, dtype=torch.float32),
         empty(1, topk, dtype=torch.int64),
         empty(e, dtype=torch.int64) if biased else None,
         weight_format(scheme.text),
+        None if scaling is None else scaling.text,
         empty(e, 2 * i, **dtype) if biased else None,
         empty(e, k, **dtype) if biased else None,
         program.triton_source(),
@@ -102,7 +109,8 @@ COMPILED = [
     for variant in VARIANTS
     for shape in ("qwen3-30b", "gpt-oss-120b")
     for capability in CAPABILITIES
-    if capability == 90 or (variant in SCHEMES and shape == "gpt-oss-120b")
+    if (capability == 90 or (variant in SCHEMES and shape == "gpt-oss-120b"))
+    and not (capability < 89 and variant.startswith("fp8"))
 ]
 
 
@@ -110,11 +118,18 @@ COMPILED = [
 def test_kernels_ahead_of_time(variant: str, shape: str, capability: int) -> None:
     """Within the registers of the programs that a multiprocessor is meant to have; none are spilled."""
     arguments = of_shape(VARIANTS[variant], SHAPES[shape], shape == "gpt-oss-120b", **BF16)
-    for launch in launches.launches_for(*arguments):
+    scheme = VARIANTS[variant].made
+    scaling = scheme.token_scaling
+    # Tokens of a step: of the first GEMM, and of the second, whose scales of whole rows need others before.
+    if scaling is None:
+        of_tokens = (8, 8) if scheme.packed == 2 else (4, 4)
+    else:
+        of_tokens = (2, 1 if scaling.per == "group" else 5)
+    for launch, token_loads in zip(launches.launches_for(*arguments), of_tokens, strict=True):
         result = compile_launch(launch, capability, spills=0)
         assert result.registers <= launch.options["maxnreg"]
         # Weights, those of the first step ahead of the loop, and tokens, 16 bytes at a time.
-        assert result.ptx.count("ld.global.v4") == (16 if VARIANTS[variant].made.packed == 2 else 12)
+        assert result.ptx.count("ld.global.v4") == 8 + token_loads
 
 
 @pytest.mark.gpu
@@ -146,7 +161,7 @@ def test_float16(variant: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", WEIGHT_ONLY)
 def test_every_number_on_a_gpu(variant: str, dtype: torch.dtype) -> None:
     """A token with a single 1 brings out a column of weights, which a second GEMM by the identity leaves alone."""
     named = VARIANTS[variant]
@@ -175,13 +190,45 @@ def test_every_number_on_a_gpu(variant: str, dtype: torch.dtype) -> None:
     for column in range(3, size, 73):
         x = torch.zeros(1, size, dtype=dtype)
         x[0, column] = 1
-        arguments = (x, weight, scale, zeros, identity, scale, none, *router, scheme.text)
+        arguments = (x, None, weight, scale, zeros, identity, scale, none, *router, scheme.text, dtype)
         rows = quantized_one_token_experts(*(a.cuda() if isinstance(a, Tensor) else a for a in arguments))
         assert torch.equal(rows[0].cpu().double(), exact[:, column])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", ["int4_w4a16", "int8_w8a16", "mxfp4_w4a16", "int4, zero points"])
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in WEIGHT_ONLY])
+def test_every_number_of_quantized_tokens_on_a_gpu(variant: str, dtype: torch.dtype) -> None:
+    """As above; the rows between hold the largest number, so that their scales are 1 and change nothing."""
+    scheme, size = VARIANTS[variant].made, 512
+    one, largest = (1, 127) if scheme.weight_dtype is torch.int8 else (1.0, 448.0)
+    codes = torch.arange(256, dtype=torch.uint8).view(scheme.weight_dtype).float()
+    codes = codes[codes.isfinite() & (codes.abs() <= largest)]
+    numbers = codes[torch.randint(0, len(codes), (1, size, size))]
+    numbers[:, ::128] = largest
+    scale = torch.ones(scheme.scale_shape(1, size, size))
+    router = torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64)
+    weights = [w.to(scheme.weight_dtype) for w in (numbers, torch.eye(size)[None])]
+    scaling = scheme.token_scaling
+    assert scaling is not None
+    x_scale = torch.ones(1, size // 128 if scaling.per == "group" else 1)
+    for column in range(3, size, 73):
+        x = torch.zeros(1, size)
+        x[0, column] = one
+        arguments = (
+            *(x.to(scaling.dtype), x_scale.view(-1) if scaling.per == "tensor" else x_scale),
+            *(weights[0], scale, None, weights[1], scale, None, *router, scheme.text, dtype),
+        )
+        rows = quantized_one_token_experts(*(a.cuda() if isinstance(a, Tensor) else a for a in arguments))
+        assert torch.equal(rows[0].cpu().float(), numbers[0, :, column])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "variant",
+    ["int4_w4a16", "int8_w8a16", "mxfp4_w4a16", "int4, zero points", "fp8_w8a8_block", "int8_w8a8_channel"],
+)
 def test_compiled_on_a_gpu(variant: str, fresh_dynamo: None) -> None:
     """As accurate as PyTorch, also replayed as a CUDA graph with another token and other experts."""
     sizes: dict[str, Any] = {"M": 1, "E": 16, "topk": 4, "K": 512, "I": 384, "biased": True, **BF16}
@@ -195,7 +242,9 @@ def test_compiled_on_a_gpu(variant: str, fresh_dynamo: None) -> None:
         compiled = torch.compile(run, fullgraph=True)
         assert_as_accurate(compiled(*args).cpu(), made)
         names = [kernel.name for kernel in compile_moe.explain(run, *args).kernels]
-        assert names == ["compile_moe.quantized_one_token_experts"]
+        assert names[-1] == "compile_moe.quantized_one_token_experts"
+        # Tokens may have to be quantized before.
+        assert len(names) == (1 if variant in WEIGHT_ONLY else 2)
         graph = torch.cuda.CUDAGraph()
         compiled(*args)
         torch.cuda.synchronize()
@@ -224,3 +273,11 @@ def test_weights_at_any_address() -> None:
     w1 = made.q1.weight
     shifted = torch.empty(w1.numel() + 1, dtype=torch.uint8, device="cuda")[1:].view(w1.shape).copy_(w1)
     assert_as_accurate(run_one_token(made, w1=shifted), made)
+
+
+@pytest.mark.gpu
+def test_quantized_tokens_at_any_address() -> None:
+    made = make("int8_w8a8_channel", "plain")
+    x, _ = quantize_tokens(made.args[0], "int8 per token")
+    shifted = torch.empty(x.numel() + 1, dtype=torch.int8, device="cuda")[1:].view(x.shape).copy_(x)
+    assert_as_accurate(run_one_token(made, hidden_states=shifted), made)

@@ -34,12 +34,12 @@ def run(quantized: Quantized, *args: Any, **options: Any) -> torch.Tensor:
 
 
 #: Of those with other numbers of segments, in bytes; of the others one format each.
-FORMATS = "mxfp4_w4a16", "int4, narrow groups"
+FORMATS = "mxfp4_w4a16", "fp8_w8a8_block", "int4, narrow groups"
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_case(case: str) -> None:
-    variant = "int8_w8a16" if case in SEGMENTS else FORMATS[list(CASES).index(case) % 2]
+    variant = "int8_w8a16" if case in SEGMENTS else FORMATS[list(CASES).index(case) % 3]
     made = make(variant, case)
     assert_as_accurate(run(made), made)
     if case in SEGMENTS:

@@ -16,7 +16,7 @@ from compile_moe.quantization import parse_scaling
 from tests.support.launchers import launch
 from tests.support.oracle import CASES, make_layer
 from tests.support.quantized import ONE_A_SCALING, VARIANTS, make_quantized
-from tests.support.quantized_inputs import STAGES, op, opcheck, stage_inputs, takes
+from tests.support.quantized_inputs import STAGES, op, opcheck, stage_inputs
 
 SHAPES = (
     "plain",
@@ -39,13 +39,12 @@ def cases(variants: Iterable[str] = VARIANTS) -> list[Any]:
 
 
 def with_stages(named: Iterable[tuple[str, str]]) -> list[Any]:
-    """Variants and cases with each op; int8_w8a16, which takes any shape, for schemes that the op doesn't take."""
-    found = [
-        (variant if takes(stage, VARIANTS[variant]) else "int8_w8a16", case, stage)
+    """Variants and cases with each op."""
+    return [
+        pytest.param(variant, case, stage, id=f"{variant}-{case}-{stage}")
         for variant, case in named
         for stage in STAGES
     ]
-    return [pytest.param(*each, id="-".join(each)) for each in dict.fromkeys(found)]
 
 
 # A scheme is a string to an op: those of the same scaling and zero points differ in numbers alone.

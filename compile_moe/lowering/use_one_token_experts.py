@@ -24,6 +24,7 @@ from compile_moe.lowering.graph_edits import (
 )
 from compile_moe.ops.gather_gemm import gather_gemm
 from compile_moe.ops.one_token_experts import one_token_experts, serves
+from compile_moe.ops.quantize_tokens import quantize_tokens
 from compile_moe.ops.quantized_gather_gemm import quantized_gather_gemm
 from compile_moe.ops.quantized_one_token_experts import quantized_one_token_experts
 from compile_moe.ops.quantized_one_token_experts import serves as serves_quantized
@@ -31,6 +32,7 @@ from compile_moe.ops.quantized_scatter_gemm import quantized_scatter_gemm
 from compile_moe.ops.scatter_gemm import scatter_gemm
 from compile_moe.ops.sort_tokens import sort_tokens
 from compile_moe.ops.weight_and_reduce import weight_and_reduce
+from compile_moe.quantization import parse_scheme
 
 
 def use_one_token_experts(graph: fx.Graph) -> None:
@@ -74,7 +76,8 @@ def _op_for(layer: _Layer) -> torch._ops.OpOverload | None:
         op, is_served = one_token_experts, serves(x, w1, w2, topk)
     else:
         op, scales = quantized_one_token_experts, (values["w1_scale"], values["w2_scale"])
-        is_served = serves_quantized(x, w1, scales[0], w2, scales[1], topk, arguments["scheme"])
+        options = arguments["scheme"], arguments["out_dtype"]
+        is_served = serves_quantized(x, w1, scales[0], w2, scales[1], topk, *options)
     # What the stages leave to their caller, and the ops refuse.
     is_layer = is_served and w2.size(1) == x.size(1) and topk <= values.get("expert_map", w1).size(0)
     return op if is_layer else None
@@ -84,22 +87,24 @@ def _layer_before(reduce: fx.Node) -> _Layer | None:
     """The layer that ``reduce`` ends, if its slots are of one sort and nothing else reads what lies between."""
     final = arguments_of(reduce, weight_and_reduce)
     down = _either(final and final["fused_out"], scatter_gemm, quantized_scatter_gemm)
-    up = _either(down and down["intermediate"], gather_gemm, quantized_gather_gemm)
-    if final is None or down is None or up is None:
+    rows = down and _rows_between(down)
+    up = _either(rows and rows[-1], gather_gemm, quantized_gather_gemm)
+    if final is None or down is None or rows is None or up is None:
         return None
-    between = final["fused_out"], down["intermediate"]
+    between = final["fused_out"], *rows
     slots, offsets = up["sorted_slots"], up["expert_offsets"]
     (sort, first), (same_sort, second) = (operands(node, operator.getitem) for node in (slots, offsets))
     order = arguments_of(sort, sort_tokens)
     if (
         order is None
-        or any(len(node.users) != 1 for node in between)
+        or any(len(node.users) != (2 if node.target is quantize_tokens else 1) for node in between)
         or (sort is not same_sort or (first, second) != (0, 1))
         or (down["sorted_slots"], down["expert_offsets"]) != (slots, offsets)
         or (final["topk_ids"], final["expert_map"]) != (order["topk_ids"], order["expert_map"])
         or final["num_experts"] != order["num_experts"]
         or not up["topk"] == down["topk"] == value_of(order["topk_ids"]).size(1)
-        or not _leave_tokens(up, down)
+        or up.get("scheme") != down.get("scheme")
+        or up.get("out_dtype") is not down.get("out_dtype")
     ):
         return None
     arguments = {**up, **down, **final, "w1_bias": up["bias"], "w2_bias": down["bias"]}
@@ -111,13 +116,19 @@ def _either(node: Any, *ops: torch._ops.OpOverload) -> dict[str, Any] | None:
     return next((found for op in ops if (found := arguments_of(node, op)) is not None), None)
 
 
-def _leave_tokens(up: dict[str, Any], down: dict[str, Any]) -> bool:
-    """Whether both GEMMs are of one scheme, or of none, and tokens, rows between them and result of one dtype."""
-    dtype = value_of(up["hidden_states"]).dtype
-    return (
-        up.get("scheme") == down.get("scheme")
-        and up.get("hidden_states_scale") is None
-        and down.get("intermediate_scale") is None
-        and up.get("out_dtype", dtype) is dtype
-        and down.get("out_dtype", dtype) is dtype
-    )
+def _rows_between(down: dict[str, Any]) -> tuple[fx.Node, ...] | None:
+    """What GEMM 2 reads of GEMM 1's result, back to that: scales and numbers that ``quantize_tokens`` computes from it,
+    if the scheme quantizes tokens. None if it is quantized in another way.
+    """
+    rows = down["intermediate"]
+    scaling = parse_scheme(down["scheme"]).token_scaling if "scheme" in down else None
+    if scaling is None:
+        return (rows,)
+    scales = down["intermediate_scale"]
+    (quantize, first), (same, second) = (operands(node, operator.getitem) for node in (rows, scales))
+    given = arguments_of(quantize, quantize_tokens)
+    if given is None or quantize is not same or (first, second) != (0, 1) or given["scaling"] != scaling.text:
+        return None
+    # Static scales, for one, stay with the stages.
+    has_more = any(given[name] is not None for name in ("scale", "maxima", "expert_offsets"))
+    return None if has_more else (scales, rows, quantize, given["tokens"])

@@ -50,6 +50,24 @@ def check_call(
     apply_router_weight_on_input: bool,
 ) -> None:
     """Check what holds for a layer in any format of weights, before anything runs."""
+    check_routing(hidden_states, w1, w2, topk_weights, topk_ids, expert_map)
+    check_float_dtype("hidden_states", hidden_states)
+    topk = topk_ids.size(1)
+    require(
+        not apply_router_weight_on_input or topk == 1,
+        lambda: f"apply_router_weight_on_input needs topk = 1, got topk = {topk}; weight the outputs instead",
+    )
+
+
+def check_routing(
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+) -> None:
+    """Check tokens, in any dtype, against weights in any format and the router's choices."""
     require(
         hidden_states.dim() == 2,
         lambda: (
@@ -71,15 +89,10 @@ def check_call(
     check_ids(topk_ids)
     check_expert_map(expert_map, topk_ids)
     check_device("hidden_states", hidden_states, w1=w1, w2=w2, topk_ids=topk_ids)
-    check_float_dtype("hidden_states", hidden_states)
     check_topk_weights(topk_weights, hidden_states)
     require(
         topk_weights.dim() == 2 and topk_weights.size(1) == topk and topk_weights.size(0) == m,
         lambda: f"topk_weights must have the shape of topk_ids, {shape(topk_ids)}, got {shape(topk_weights)}",
-    )
-    require(
-        not apply_router_weight_on_input or topk == 1,
-        lambda: f"apply_router_weight_on_input needs topk = 1, got topk = {topk}; weight the outputs instead",
     )
 
 

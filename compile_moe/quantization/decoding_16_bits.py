@@ -154,6 +154,30 @@ _BYTE_WORDS_FP16 = tl.constexpr(
     }"""
 )
 
+# Of signed bytes, with 128 added.
+_SIGNED_BYTE_WORDS_FP16 = tl.constexpr(
+    """{
+    .reg .b32 q, one, offset;
+    mov.b32 one, 0x3c003c00;
+    mov.b32 offset, 0xe480e480;
+    shr.b32 q, $2, 8;
+    lop3.b32 $0, $2, 0x00ff00ff, 0x64806480, 0x6a;  // (a & b) ^ c
+    lop3.b32 $1, q, 0x00ff00ff, 0x64806480, 0x6a;
+    fma.rn.f16x2 $0, $0, one, offset;
+    fma.rn.f16x2 $1, $1, one, offset;
+    }"""
+)
+_E4M3_WORDS_FP16 = tl.constexpr(
+    """{
+    .reg .b32 p;
+    .reg .b16 q, r;
+    prmt.b32 p, $2, 0, 0x3120;
+    mov.b32 {q, r}, p;
+    cvt.rn.f16x2.e4m3x2 $0, q;
+    cvt.rn.f16x2.e4m3x2 $1, r;
+    }"""
+)
+
 # Exponents of float32 as bfloat16: 2^-127, a denormal, and NaN for infinity have their last exponent bit one lower.
 _E8M0_BF16 = tl.constexpr(
     """{
@@ -280,3 +304,21 @@ def registers_of_bytes_less_128(words: tl.tensor, DTYPE: tl.constexpr) -> Any:
         return tl.inline_asm_elementwise(
             _BYTE_WORDS_FP16, "=&r,=&r,r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
         )
+
+
+@triton.jit
+def registers_of_signed_bytes(words: tl.tensor, DTYPE: tl.constexpr) -> Any:
+    """float16 only."""
+    tl.static_assert(tl.float16 == DTYPE)
+    return tl.inline_asm_elementwise(
+        _SIGNED_BYTE_WORDS_FP16, "=&r,=&r,r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+    )
+
+
+@triton.jit
+def registers_of_e4m3(words: tl.tensor, DTYPE: tl.constexpr) -> Any:
+    """float16 only, where the GPU has the instruction: from sm_89 on."""
+    tl.static_assert(tl.float16 == DTYPE)
+    return tl.inline_asm_elementwise(
+        _E4M3_WORDS_FP16, "=&r,=&r,r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+    )

@@ -22,7 +22,8 @@ def formulas_on_cpu(weight_format: WeightFormat, program: Program) -> dict[str, 
         return Value(compute(a.data.double(), b.data.double()).to(a.data.dtype))
 
     return {
-        "decode": on_cpu(weight_format.decode, program, {}),
+        # Of schemes that quantize tokens there is none.
+        "decode": on_cpu(weight_format.decode, program, {}) if weight_format.decode else lambda codes: codes,
         "decode_scale": decode_scale,
         "decode_scale_16_bits": decode_scale_16_bits,
         "times": lambda a, b: rounded(a, b, torch.mul),

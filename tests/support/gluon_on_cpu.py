@@ -24,6 +24,8 @@ DTYPES = {
     tl.int64: torch.int64,
     tl.uint8: torch.uint8,
     tl.uint32: torch.int64,
+    tl.int8: torch.int8,
+    tl.float8e4nv: torch.float8_e4m3fn,
 }
 TRITON_DTYPES = {
     torch_dtype: dtype for dtype, torch_dtype in DTYPES.items() if dtype not in (tl.int32, tl.uint32)
@@ -63,6 +65,8 @@ class Value:
 
     def to(self, dtype: Any, bitcast: bool = False) -> Value:
         if bitcast:
+            if self.data.is_floating_point():
+                return Value(self.data.view(torch.int32))
             bits = self.data & 0xFFFFFFFF
             return Value((bits - (bits >= 2**31).long() * 2**32).to(torch.int32).view(DTYPES[dtype]))
         return Value(self.data.to(DTYPES[dtype]))
@@ -84,7 +88,8 @@ def _data(value: Any) -> Any:
 def _operand(value: Any) -> Any:
     """What is computed with: of bytes, integers."""
     data = _data(value)
-    return data.long() if isinstance(data, torch.Tensor) and data.dtype is torch.uint8 else data
+    is_byte = isinstance(data, torch.Tensor) and data.dtype in (torch.uint8, torch.int8)
+    return data.long() if is_byte else data
 
 
 def _quotient(a: Any, b: Any) -> Any:
@@ -161,6 +166,8 @@ def load(pointer: Pointer, mask: Any = None, other: Any = 0, **options: Any) -> 
         pointer.offsets, torch.as_tensor(True if mask is None else _data(mask))
     )
     values = pointer.memory[Pointer(pointer.memory, offsets).places(where)]
+    if values.dtype is torch.float8_e4m3fn:
+        return Value(torch.where(where, values.float(), _data(other)).to(values.dtype))
     return Value(torch.where(where, values, torch.as_tensor(_data(other)).to(values.dtype)))
 
 
@@ -230,7 +237,10 @@ class Program:
         return types.SimpleNamespace(
             **{
                 name: getattr(tl, name)
-                for name in ("bfloat16", "float16", "float32", "float64", "int32", "int64", "uint8", "uint32")
+                for name in (
+                    *("bfloat16", "float16", "float32", "float64", "float8e4nv"),
+                    *("int8", "int32", "int64", "uint8", "uint32"),
+                )
             },
             **{name: ANYTHING for name in _LAYOUTS},
             PropagateNan=tl.PropagateNan,
@@ -242,8 +252,13 @@ class Program:
             arange=lambda first, end, layout=None: Value(torch.arange(first, end)),
             cdiv=lambda a, b: (a + (b - 1)) // b,
             zeros=zeros,
+            full=lambda shape, value, dtype, layout=None: Value(
+                torch.full([*map(int, shape)], _data(value), dtype=DTYPES[dtype])
+            ),
+            fdiv=_binary(torch.div),
             zeros_like=lambda value: Value(torch.zeros_like(value.data)),
             expand_dims=_expand_dims,
+            broadcast=lambda a, b: tuple(map(Value, torch.broadcast_tensors(a.data, b.data))),
             where=lambda c, a, b: Value(torch.where(*map(torch.as_tensor, map(_data, (c, a, b))))),
             minimum=_binary(torch.minimum),
             maximum=_binary(torch.maximum),

@@ -12,6 +12,7 @@ import torch
 from compile_moe.ops.kernels.epilogue import build_epilogue
 from compile_moe.ops.kernels.quantized.one_token import launches
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
+from compile_moe.quantization.decoding_16_bits import registers_of_signed_bytes
 from tests.support.formulas_on_cpu import formulas_on_cpu
 from tests.support.gluon_on_cpu import DTYPES, KernelOnCpu, Pointer, Program, Value, on_cpu
 
@@ -30,8 +31,15 @@ def kernel_with_format(
 ) -> KernelOnCpu:
     """For ``with_format`` of these kernels."""
     program = Program()
+    int8 = weight_format.decode_registers is registers_of_signed_bytes
     formulas = formulas_on_cpu(weight_format, program)
     decode = formulas["decode"]
+
+    def number(byte: torch.Tensor, dtype: Any) -> torch.Tensor:
+        if weight_format.decode is not None:
+            return decode(Value(byte)).data.to(DTYPES[dtype])
+        stored = torch.int8 if int8 else torch.float8_e4m3fn
+        return byte.to(torch.uint8).view(stored).float().to(DTYPES[dtype])
 
     def decode_registers(words: Value, dtype: Any) -> tuple[Value, ...]:
         word, same = words.data.unbind(-1)
@@ -40,7 +48,7 @@ def kernel_with_format(
         codes = [stored]
         if weight_format.packed == 2:
             codes = [[byte & 15 for byte in stored], [byte >> 4 for byte in stored]]
-        numbers = [[decode(Value(byte)).data.to(DTYPES[dtype]) for byte in each] for each in codes]
+        numbers = [[number(byte, dtype) for byte in each] for each in codes]
         return tuple(Value(torch.stack([each[i], each[i + 2]], -1)) for each in numbers for i in range(2))
 
     replaced = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from compile_moe.ops.named_activations import program_text
 from compile_moe.ops.sort_tokens import sort_tokens_torch
 from compile_moe.quantization import TokenScaling
-from tests.support.quantized import Quantized, Variant
+from tests.support.quantized import Quantized
 
 STAGES = (
     "quantize_tokens",
@@ -25,11 +25,6 @@ STAGES = (
 def op(name: str) -> torch._ops.OpOverload:
     overload: torch._ops.OpOverload = getattr(torch.ops.compile_moe, name).default
     return overload
-
-
-def takes(stage: str, variant: Variant) -> bool:
-    """Whether an op takes layers of a scheme."""
-    return stage != "quantized_one_token_experts" or variant.made.token_scaling is None
 
 
 def stage_inputs(q: Quantized) -> dict[str, tuple[Any, ...]]:
@@ -46,9 +41,10 @@ def stage_inputs(q: Quantized) -> dict[str, tuple[Any, ...]]:
         tokens, between = scaling.quantize(x, q.a1_scale), scaling.quantize(rows, q.a2_scale)
     common = (scheme.text, dtype)
     epilogue = program_text(layer.activation)
-    one = (x[:1], layer.topk_weights[:1], ids[:1])
+    one, *router = x[:1], layer.topk_weights[:1], ids[:1]
     if not m:
-        one = (torch.randn(1, x.size(1)).to(dtype), torch.ones(1, topk), torch.arange(topk)[None])
+        one, *router = torch.randn(1, x.size(1)).to(dtype), torch.ones(1, topk), torch.arange(topk)[None]
+    token = scaling.quantize(one, q.a1_scale) if scheme.token_scaling is not None else (one, None)
     return {
         "quantize_tokens": (x, scaling.text, q.a1_scale),
         "quantized_gather_gemm": (
@@ -58,7 +54,7 @@ def stage_inputs(q: Quantized) -> dict[str, tuple[Any, ...]]:
         "quantized_scatter_gemm": (*between, *q.q2, slots, offsets, m, topk, *common, layer.w2_bias, True),
         "quantized_grouped_linear": (*between, *q.q2, offsets, *common, layer.w2_bias),
         "quantized_one_token_experts": (
-            *(one[0], *q.q1, *q.q2, *one[1:], scheme.text),
+            *(*token, *q.q1, *q.q2, *router, *common),
             *(layer.expert_map, layer.w1_bias, layer.w2_bias, epilogue, True, True),
         ),
     }

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compile_moe.ops import quantized_one_token_experts
+from compile_moe.ops import quantize_tokens, quantized_one_token_experts
 from compile_moe.ops.named_activations import program_text
 from compile_moe.quantization import SCHEMES
 from tests.support.quantized import Quantized, Variant, make_quantized
@@ -59,8 +59,13 @@ def arguments_of(
     """
     layer, scales = quantized.layer, quantized.scales
     x, w1, w2, weights, ids = quantized.args
+    scheme = quantized.variant.made
+    tokens, tokens_scale = x, None
+    if scheme.token_scaling is not None:
+        tokens, tokens_scale = quantize_tokens(x, scheme.token_scaling.text)
     given = {
-        "x": x,
+        "hidden_states": tokens,
+        "hidden_states_scale": tokens_scale,
         "w1": w1,
         "w1_scale": scales["w1_scale"],
         "w1_zp": scales["w1_zp"],
@@ -69,7 +74,8 @@ def arguments_of(
         "w2_zp": scales["w2_zp"],
         "topk_weights": weights,
         "topk_ids": ids,
-        "scheme": quantized.variant.made.text,
+        "scheme": scheme.text,
+        "out_dtype": x.dtype,
         "expert_map": layer.expert_map,
         "w1_bias": layer.w1_bias,
         "w2_bias": layer.w2_bias,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compile_moe.quantization.decoding_16_bits import registers_of_e4m3
 from compile_moe.quantization.parameters import check_block_shape
 from compile_moe.quantization.rounding import LARGEST, round_to, symmetric_scale
 from compile_moe.quantization.scheme import QuantizedWeights, Scheme, register
@@ -26,6 +27,7 @@ class Fp8Block(Scheme):
 
     name = "fp8_w8a8_block"
     weight_dtype = torch.float8_e4m3fn
+    decode_registers = registers_of_e4m3
     scale_layout = "(E, ceil(N / bn), ceil(K / bk))"
 
     block_shape: tuple[int, int] = (128, 128)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from compile_moe.quantization.decoding_16_bits import registers_of_e4m3
 from compile_moe.quantization.per_row import ScalePerRow
 from compile_moe.quantization.scheme import register
 
@@ -20,3 +21,4 @@ class Fp8Channel(ScalePerRow):
 
     name = "fp8_w8a8_channel"
     weight_dtype = torch.float8_e4m3fn
+    decode_registers = registers_of_e4m3

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compile_moe.quantization.decoding_16_bits import registers_of_e4m3
 from compile_moe.quantization.rounding import LARGEST, round_to, symmetric_scale
 from compile_moe.quantization.scheme import QuantizedWeights, Scheme, register
 from compile_moe.quantization.token_scaling import TokenScaling
@@ -22,6 +23,7 @@ class Fp8Tensor(Scheme):
 
     name = "fp8_w8a8_tensor"
     weight_dtype = torch.float8_e4m3fn
+    decode_registers = registers_of_e4m3
     scale_layout = "(E,)"
 
     @property

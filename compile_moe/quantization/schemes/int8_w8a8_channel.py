@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from compile_moe.quantization.decoding_16_bits import registers_of_signed_bytes
 from compile_moe.quantization.per_row import ScalePerRow
 from compile_moe.quantization.scheme import register
 
@@ -20,3 +21,4 @@ class Int8Channel(ScalePerRow):
 
     name = "int8_w8a8_channel"
     weight_dtype = torch.int8
+    decode_registers = registers_of_signed_bytes

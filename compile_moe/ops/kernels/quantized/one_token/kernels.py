@@ -15,6 +15,8 @@ from compile_moe.ops.kernels.quantized.one_token.layouts import (
     ROWS_OF_WARP,
     STEP_BYTES,
     stored_scales,
+    stored_segments,
+    stored_token_words,
     stored_tokens,
     stored_weights,
 )
@@ -25,6 +27,7 @@ from compile_moe.ops.kernels.quantized.one_token.multiply import multiply
 def up_kernel(
     out_ptr,  # (topk, num_columns), contiguous
     x_ptr,  # (1, depth)
+    x_scale_ptr,
     w_ptr,  # (E, N, depth / packed)
     scale_ptr,
     zero_ptr,
@@ -36,6 +39,7 @@ def up_kernel(
     num_experts,
     num_columns,  # I, or N without a gate; a multiple of COLUMNS
     depth,  # K
+    stride_xsk,
     stride_ij,
     stride_we,
     stride_wn,
@@ -54,6 +58,9 @@ def up_kernel(
     PACKED: gl.constexpr,
     PACKED_ZEROS: gl.constexpr,
     GROUP: gl.constexpr,
+    SCALE_ROWS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    LARGEST: gl.constexpr,
     PARTS: gl.constexpr,
     EARLY: gl.constexpr,
 ):
@@ -68,7 +75,6 @@ def up_kernel(
     ROWS: gl.constexpr = ROWS_OF_WARP * PARTS
     COLUMNS: gl.constexpr = ROWS_OF_WARP if LAYOUT == "ungated" else ROWS_OF_WARP // 2
     w_layout: gl.constexpr = gl.SliceLayout(1, stored_weights(PARTS))
-    x_layout: gl.constexpr = gl.SliceLayout(1, stored_tokens(PARTS, PACKED))
     s_layout: gl.constexpr = gl.SliceLayout(1, stored_scales(PARTS, PACKED, GROUP))
     row_bytes = depth // (16 * PACKED) * 16  # a multiple of 16, as Triton can see
 
@@ -76,25 +82,33 @@ def up_kernel(
     first = row // ROWS_OF_WARP * STEP_BYTES
     row = weight_row(row % ROWS_OF_WARP, tile_n, num_columns, LAYOUT, ROWS_OF_WARP, True)
     w_ptrs = in_words(w_ptr) + expert * (stride_we // 4) + row.to(gl.int64) * (stride_wn // 4) + first // 4
+    STORED: gl.constexpr = TOKENS == "stored"
+    X_OF_WORD: gl.constexpr = 1 if STORED else 4 * PACKED  # elements of the token a word of weights
+    x_columns: gl.constexpr = stored_token_words(PARTS) if STORED else stored_tokens(PARTS, PACKED)
+    x_layout: gl.constexpr = gl.SliceLayout(1, x_columns)
+    if STORED:
+        x_ptr = in_words(x_ptr)
     token = gl.arange(0, 8 * PARTS, layout=x_layout)
-    first_x = token // 8 * STEP_BYTES * PACKED
+    first_x = token // 8 * (STEP_BYTES // 4 * X_OF_WORD)
     s_row = gl.arange(0, ROWS, layout=s_layout)
     s_first = s_row // ROWS_OF_WARP * STEP_BYTES
     s_row = weight_row(s_row % ROWS_OF_WARP, tile_n, num_columns, LAYOUT, ROWS_OF_WARP, True)
     y = multiply(
         w_ptrs, row >= 0, (row_bytes - first) // 4,
-        x_ptr + first_x, token % 8 == 0, row_bytes * PACKED - first_x,
-        scale_ptr + expert * stride_se + s_row.to(gl.int64) * stride_sn,
+        x_ptr + first_x, token % 8 == 0, row_bytes // 4 * X_OF_WORD - first_x, x_ptr + first_x, depth, x_scale_ptr,
+        scale_ptr + expert * stride_se + (s_row // SCALE_ROWS).to(gl.int64) * stride_sn,
         zero_ptr + expert * stride_ze + (s_row // PACKED_ZEROS).to(gl.int64) * stride_zn,
-        s_first, s_row >= 0, row_bytes - s_first, s_row, stride_sk, stride_zk,
+        s_first, s_row >= 0, row_bytes - s_first, s_row, stride_sk, stride_zk, stride_xsk,
         gl.cdiv(row_bytes, STEP_BYTES * PARTS),
-        HAS_ZERO, PACKED, PACKED_ZEROS, GROUP, PARTS, PARTS, ROWS_OF_WARP, False,
+        HAS_ZERO, PACKED, PACKED_ZEROS, GROUP, TOKENS, LARGEST, PARTS, PARTS, ROWS_OF_WARP, False,
     )  # fmt: skip
     y = gl.sum(gl.reshape(y, [PARTS, ROWS_OF_WARP]), 0)
     y_row = gl.arange(0, ROWS_OF_WARP, layout=y.type.layout)
     y_row = weight_row(y_row, tile_n, num_columns, LAYOUT, ROWS_OF_WARP, True).to(gl.int64)
     if GROUP == 0:
         y *= gl.load(scale_ptr + expert * stride_se + y_row * stride_sn).to(gl.float32)
+        if STORED:
+            y *= gl.load(x_scale_ptr)
     if HAS_BIAS:
         y += gl.load(bias_ptr + expert * stride_be + y_row * stride_bn).to(gl.float32)
     if LAYOUT == "ungated":
@@ -141,6 +155,9 @@ def down_kernel(
     PACKED: gl.constexpr,
     PACKED_ZEROS: gl.constexpr,
     GROUP: gl.constexpr,
+    SCALE_ROWS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    LARGEST: gl.constexpr,
     PARTS: gl.constexpr,
     SEGMENTS: gl.constexpr,
     EARLY: gl.constexpr,
@@ -150,7 +167,6 @@ def down_kernel(
     ROWS: gl.constexpr = COLUMNS * SEGMENTS
     WARPS: gl.constexpr = SEGMENTS // 2
     w_layout: gl.constexpr = gl.SliceLayout(1, stored_weights(WARPS))
-    x_layout: gl.constexpr = gl.SliceLayout(1, stored_tokens(WARPS, PACKED))
     s_layout: gl.constexpr = gl.SliceLayout(1, stored_scales(WARPS, PACKED, GROUP))
     row_bytes = depth // (16 * PACKED) * 16  # a multiple of 16, as Triton can see
     first_column = gl.program_id(0) * COLUMNS
@@ -175,22 +191,28 @@ def down_kernel(
     s_first = s_row // COLUMNS % PARTS * STEP_BYTES
     s_row = (first_column + s_row % COLUMNS).to(gl.int64)
 
-    token = gl.arange(0, 8 * WARPS, layout=x_layout)
-    x_segment = token // 8 * 2 + token % 8
+    if TOKENS == "16 bits":
+        token = gl.arange(0, 8 * WARPS, layout=gl.SliceLayout(1, stored_tokens(WARPS, PACKED)))
+        x_segment = token // 8 * 2 + token % 8
+        has_segment = token % 8 < 2
+    else:
+        x_segment = gl.arange(0, SEGMENTS, layout=gl.SliceLayout(1, stored_segments(WARPS)))
+        has_segment = x_segment < SEGMENTS
     x_slot = x_segment // PARTS
     x_expert = expert_of(
         topk_ids_ptr, expert_map_ptr, x_slot, topk, stride_ij, num_global, num_experts, HAS_MAP
     )
-    x_valid = (token % 8 < 2) & (x_expert < num_experts)
+    x_rows = x_ptr + x_slot.to(gl.int64) * depth
+    x_valid = has_segment & (x_expert < num_experts)
     first_x = x_segment % PARTS * STEP_BYTES * PACKED
     y = multiply(
         w_ptrs, w_valid, (row_bytes - first) // 4,
-        x_ptr + x_slot.to(gl.int64) * depth + first_x, x_valid, row_bytes * PACKED - first_x,
-        scale_ptr + s_expert * stride_se + s_row * stride_sn,
+        x_rows + first_x, x_valid, row_bytes * PACKED - first_x, x_rows, depth, x_ptr,
+        scale_ptr + s_expert * stride_se + s_row // SCALE_ROWS * stride_sn,
         zero_ptr + s_expert * stride_ze + s_row // PACKED_ZEROS * stride_zn,
-        s_first, s_valid, row_bytes - s_first, s_row, stride_sk, stride_zk,
+        s_first, s_valid, row_bytes - s_first, s_row, stride_sk, stride_zk, 0,
         gl.cdiv(row_bytes, STEP_BYTES * PARTS),
-        HAS_ZERO, PACKED, PACKED_ZEROS, GROUP, PARTS, WARPS, COLUMNS, EARLY,
+        HAS_ZERO, PACKED, PACKED_ZEROS, GROUP, TOKENS, LARGEST, PARTS, WARPS, COLUMNS, EARLY,
     )  # fmt: skip
     y_row = gl.arange(0, ROWS, layout=y.type.layout)
     y_slot = y_row // COLUMNS // PARTS

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 from triton.experimental.gluon._runtime import jit
@@ -14,10 +15,10 @@ from compile_moe.ops.kernels.early_launch import early_launch
 from compile_moe.ops.kernels.epilogue import build_epilogue, with_globals
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 from compile_moe.ops.kernels.quantized.one_token.kernels import down_kernel, up_kernel
-from compile_moe.ops.kernels.quantized.one_token.layouts import ROWS_OF_WARP
+from compile_moe.ops.kernels.quantized.one_token.layouts import ROWS_OF_WARP, STEP_BYTES
 from compile_moe.ops.kernels.quantized.one_token.multiply import multiply, multiply_eights
 from compile_moe.ops.kernels.quantized.operands import decodes_rows, group_strides
-from compile_moe.ops.kernels.quantized.weight_format import WeightFormat, decode_scale_16_bits
+from compile_moe.ops.kernels.quantized.weight_format import WeightFormat, decode, decode_scale_16_bits
 from compile_moe.ops.kernels.tiles import row_stride
 
 MOST_EXPERTS = 16
@@ -31,15 +32,19 @@ _SEGMENT_BYTES = 192  # of a row, at least
 _REGISTERS = 128
 
 
-def serve(weight_format: WeightFormat, x: Tensor, w: Tensor, w_scale: Tensor) -> bool:
+def serve(weight_format: WeightFormat, x: Tensor, w: Tensor, w_scale: Tensor, out_dtype: torch.dtype) -> bool:
     """Whether x (rows, depth) and weights (E, rows of weights, ...) can be multiplied by them: decoded to the tokens'
     dtype, in whole tiles, with rows in pieces of 16 bytes, each of which has one scale. Reads shapes, strides and
     dtypes only; weights must start at a multiple of 4 bytes, and are read faster from one of 16.
     """
-    if weight_format.decode_registers is None or not decodes_rows(weight_format, x, w, w_scale):
-        return False
     group = weight_format.group
-    if group % _SMALLEST_GROUP or group & (group - 1):
+    if weight_format.decode_registers is None:
+        return False
+    if weight_format.scales_sums:
+        # Groups are a step's columns.
+        if out_dtype.itemsize != 2 or x.dtype is not w.dtype or group not in (0, STEP_BYTES.value):
+            return False
+    elif not decodes_rows(weight_format, x, w, w_scale) or group % _SMALLEST_GROUP or group & (group - 1):
         return False
     sizes = (*w.stride()[:2], w.size(1), w.size(2), row_stride(x))
     return x.stride(1) == 1 == w.stride(2) and not any(size % 16 for size in sizes) and w.numel() > 0
@@ -59,6 +64,7 @@ def launches_for(
     out: Tensor,
     intermediate: Tensor,
     hidden_states: Tensor,
+    hidden_states_scale: Tensor | None,
     w1: Tensor,
     w1_scale: Tensor,
     w1_zp: Tensor | None,
@@ -69,6 +75,7 @@ def launches_for(
     topk_ids: Tensor,
     expert_map: Tensor | None,
     weight_format: WeightFormat,
+    scaling: str | None,
     w1_bias: Tensor | None,
     w2_bias: Tensor | None,
     epilogue_body: str,
@@ -93,8 +100,14 @@ def launches_for(
         of_bias = (0, 0) if bias is None else bias.stride()
         return *w.stride()[:2], *group_strides(scale, zero), *of_bias
 
-    def constants(zero: Tensor | None, bias: Tensor | None) -> dict[str, Any]:
+    largest = 0.0 if scaling is None else 127.0 if scaling.startswith("int8") else 448.0
+    per = "16 bits" if scaling is None else scaling.split()[2]
+
+    def constants(zero: Tensor | None, bias: Tensor | None, tokens: str) -> dict[str, Any]:
         return {
+            "TOKENS": tokens,
+            "LARGEST": largest,
+            "SCALE_ROWS": weight_format.rows,
             "HAS_BIAS": bias is not None,
             "HAS_MAP": expert_map is not None,
             "HAS_ZERO": zero is not None,
@@ -110,17 +123,19 @@ def launches_for(
         (
             intermediate,
             hidden_states,
+            hidden_states if hidden_states_scale is None else hidden_states_scale,
             *weights(*first),
             *routing,
             *sizes,
             intermediate.size(1),
             hidden_states.size(1),
+            _group_stride(hidden_states_scale),
             topk_ids.stride(1),
             *strides(*first),
         ),
         {
             "LAYOUT": layout,
-            **constants(w1_zp, w1_bias),
+            **constants(w1_zp, w1_bias, per if scaling is None else "stored"),
             "PARTS": _WARPS,
             "num_warps": _WARPS,
             "maxnreg": _REGISTERS,
@@ -148,7 +163,7 @@ def launches_for(
         {
             "APPLY_WEIGHTS": apply_weights,
             "ROUND_WEIGHTS": round_weights,
-            **constants(w2_zp, w2_bias),
+            **constants(w2_zp, w2_bias, per),
             "PARTS": parts,
             "SEGMENTS": segments,
             "num_warps": segments // 2,
@@ -159,12 +174,17 @@ def launches_for(
     return up, down
 
 
+def _group_stride(scale: Tensor | None) -> int:
+    """Of scales of a token; 0 where all its groups share one."""
+    return scale.stride(1) if scale is not None and scale.dim() == 2 and scale.size(1) > 1 else 0
+
+
 @functools.cache
 def with_format(kernel: Callable[..., None], weight_format: WeightFormat, epilogue_body: str) -> Any:
     """``kernel``, undecorated, with the functions of a scheme and an epilogue."""
     registers = {"decode_registers": weight_format.decode_registers}
     scales = {
-        "decode": weight_format.decode,
+        "decode": weight_format.decode or decode,
         "decode_scale": weight_format.decode_scale,
         "decode_scale_16_bits": weight_format.decode_scale_16_bits or decode_scale_16_bits,
     }
@@ -177,8 +197,8 @@ def with_format(kernel: Callable[..., None], weight_format: WeightFormat, epilog
 
 def quantized_one_token_experts(out: Tensor, *arguments: Any) -> None:
     """Launch into out (1, K), contiguous; arguments: those of :func:`launches_for` behind the scratch memory."""
-    _, w1, *_, layout, _, _ = arguments
-    topk_ids = arguments[8]
+    _, _, w1, *_, layout, _, _ = arguments
+    topk_ids = arguments[9]
     columns = w1.size(1) if layout == "ungated" else w1.size(1) // 2
     intermediate = out.new_empty((topk_ids.size(1), columns))
     launch(_plan, out, intermediate, *arguments)
@@ -187,7 +207,7 @@ def quantized_one_token_experts(out: Tensor, *arguments: Any) -> None:
 def _plan(*arguments: Any) -> Plan:
     """Arguments: those of :func:`launches_for`."""
     launches = launches_for(*arguments)
-    weight_format, epilogue_body = arguments[12], arguments[15]
+    weight_format, epilogue_body = arguments[13], arguments[17]
     described = (
         pointer_key(argument) if isinstance(argument, Tensor) else argument
         for each in launches

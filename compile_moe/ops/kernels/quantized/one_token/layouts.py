@@ -45,6 +45,44 @@ def stored_tokens(WARPS: int, PACKED: int) -> Any:
 
 
 @gluon.constexpr_function
+def stored_token_words(WARPS: int) -> Any:
+    """Words (8 * WARPS, CHUNK_BYTES / 4) of a chunk of quantized tokens, as those of weights."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2]],
+        lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[t, 0] for t in doubled(8, 8 * WARPS)],
+        block_bases=[],
+        shape=[8 * WARPS, CHUNK_BYTES.value // 4],
+    )
+
+
+@gluon.constexpr_function
+def stored_segments(WARPS: int) -> Any:
+    """Columns (2 * WARPS, STEP_BYTES) of a step of tokens that are still to be quantized; a warp has 2 segments, in 16
+    neighbouring threads each: where they are others, Triton 3.6 compiles reductions of rows wrongly.
+    """
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4]],
+        lane_bases=[[0, 8], [0, 16], [0, 32], [0, 64], [1, 0]],
+        warp_bases=[[s, 0] for s in doubled(2, 2 * WARPS)],
+        block_bases=[],
+        shape=[2 * WARPS, STEP_BYTES.value],
+    )
+
+
+@gluon.constexpr_function
+def columns_of_segments(WARPS: int) -> Any:
+    """The same (WARPS, 4, 2, STEP_BYTES), four of each: as two chunks of stored tokens."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 0, c] for c in (*doubled(1, 16), *doubled(64, STEP_BYTES.value))],
+        lane_bases=[[0, 0, 0, 16], [0, 0, 0, 32], [0, 0, 1, 0], [0, 1, 0, 0], [0, 2, 0, 0]],
+        warp_bases=[[w, 0, 0, 0] for w in doubled(1, WARPS)],
+        block_bases=[],
+        shape=[WARPS, 4, 2, STEP_BYTES.value],
+    )
+
+
+@gluon.constexpr_function
 def stored_scales(WARPS: int, PACKED: int, GROUP: int) -> Any:
     """Scales (16 * WARPS, CHUNKS) of a step where a chunk has one, (16 * WARPS, 4 * CHUNKS) where each thread has."""
     of_chunk = 1 if 64 * PACKED <= GROUP else 4
@@ -72,12 +110,19 @@ def as_left_operand(numbers, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def as_right_operand(tokens, WARPS: gl.constexpr):
+def as_right_operand(tokens, WARPS: gl.constexpr, DECODED: gl.constexpr):
     """Columns (8 * WARPS, 32), one a byte, transposed, in that order; what was decoded from a word are its bytes 0, 2,
     1, 3.
+
+    Args:
+        DECODED: tokens were, too.
     """
     layout: gl.constexpr = gl.DotOperandLayout(1, products(WARPS), 2)
-    tokens = gl.permute(gl.reshape(tokens, [8 * WARPS, 4, 2, 2, 2]), (0, 2, 4, 1, 3))
+    tokens = gl.reshape(tokens, [8 * WARPS, 4, 2, 2, 2])
+    if DECODED:
+        tokens = gl.permute(tokens, (0, 2, 3, 1, 4))
+    else:
+        tokens = gl.permute(tokens, (0, 2, 4, 1, 3))
     tokens = gl.permute(gl.reshape(tokens, [WARPS, 8, 32]), (0, 2, 1))
     return gl.convert_layout(tokens, layout, assert_trivial=True)
 

@@ -23,7 +23,8 @@ def load_step(ptrs, first, valid, left, STEP: gl.constexpr):
     layout: gl.constexpr = ptrs.type.layout.parent
     k = first + gl.arange(0, STEP, layout=gl.SliceLayout(0, layout))
     mask = (gl.expand_dims(k, 0) < gl.expand_dims(left, 1)) & gl.expand_dims(valid, 1)
-    return gl.load(gl.expand_dims(ptrs, 1) + gl.expand_dims(k, 0), mask=mask, other=0)
+    other: gl.constexpr = 0.0 if ptrs.dtype.element_ty.is_floating() else 0
+    return gl.load(gl.expand_dims(ptrs, 1) + gl.expand_dims(k, 0), mask=mask, other=other)
 
 
 @gluon.jit
