@@ -12,7 +12,7 @@ from torch import Tensor
 from compile_moe.ops.epilogue import parse
 from compile_moe.ops.kernels.quantized import tiles
 from compile_moe.ops.kernels.quantized.tiles import pays_from, tile_choice
-from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED
+from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, WARP_SPECIALIZED_TILES, Tile
 from compile_moe.ops.kernels.warp_specialized import decoding_launches, row_tiles
 from compile_moe.ops.named_activations import program_text
 from compile_moe.ops.quantized_format import weight_format
@@ -83,10 +83,13 @@ def test_who_can_run_it(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_from_so_many_rows_on(hopper: None) -> None:
     for variant in VARIANTS.values():
-        enough = 4 * pays_from(weight_format(variant.made.text))[WARP_SPECIALIZED]
+        special_from = pays_from(weight_format(variant.made.text))
+        enough = 4 * min(special_from.values())
         few, many = (candidates(variant, slots=slots) for slots in (enough - 1, enough))
-        assert few.tile.block_m == 64 and many.tile == WARP_SPECIALIZED
+        assert few.tile.block_m == 64 and not few.tile.warp_specialized
         assert few.candidates == many.candidates
+        for tile, rows in special_from.items():
+            assert candidates(variant, slots=4 * rows).tile == tile
 
 
 #: Scheme, activation, whether biased, dtype, bytes that may be spilled.
@@ -97,9 +100,10 @@ AHEAD_OF_TIME = [
 ]
 
 
+@pytest.mark.parametrize("tile", WARP_SPECIALIZED_TILES, ids=lambda tile: str(tile.block_m))
 @pytest.mark.parametrize("variant, activation, biased, dtype, spills", AHEAD_OF_TIME)
 def test_ahead_of_time(
-    hopper: None, variant: str, activation: str, biased: bool, dtype: torch.dtype, spills: int
+    hopper: None, variant: str, activation: str, biased: bool, dtype: torch.dtype, spills: int, tile: Tile
 ) -> None:
     """Both GEMMs, within registers and shared memory."""
     layer = {"M": 256, "K": 1024, "I": 512, "E": 2, "biased": biased, "activation": activation}
@@ -109,22 +113,24 @@ def test_ahead_of_time(
     x, _, w, scale, zeros, slots, offsets, topk, *_ = inputs[GEMMS[0]]
     scratch, out = row_tiles.scratch(slots, w.size(0)), torch.empty(slots.size(0), 512, dtype=dtype)
     first = decoding_launches.gather_launches_for(
-        scratch, out, x, w, scale, zeros, slots, offsets, topk, form, q.layer.w1_bias,
+        tile, scratch, out, x, w, scale, zeros, slots, offsets, topk, form, q.layer.w1_bias,
         program.triton_source(), program.layout,
     )  # fmt: skip
     x, _, w, scale, zeros, *_ = inputs[GEMMS[1]]
     out = torch.empty(slots.size(0), 1024, dtype=dtype)
     second = decoding_launches.scatter_launches_for(
-        scratch, out, x, w, scale, zeros, slots, offsets, form, q.layer.w2_bias
+        tile, scratch, out, x, w, scale, zeros, slots, offsets, form, q.layer.w2_bias
     )
     for stage, launches in zip(GEMMS, (first, second), strict=True):
         assert [each.kernel.__name__ for each in launches] == ["row_tiles_kernel", KERNELS[stage]]
-        assert compile_launch(launches[1], 90, spills).has_wgmma
+        # With 512 threads Triton 3.9 spills up to 12 bytes, 3.6 none.
+        allowed = spills if tile is WARP_SPECIALIZED else max(spills, 12)
+        assert compile_launch(launches[1], 90, allowed).has_wgmma
 
 
-@pytest.fixture
-def always() -> Iterator[None]:
-    with warp_specialized_wherever_possible():
+@pytest.fixture(params=WARP_SPECIALIZED_TILES, ids=lambda tile: str(tile.block_m))
+def always(request: pytest.FixtureRequest) -> Iterator[None]:
+    with warp_specialized_wherever_possible(request.param):
         yield
 
 

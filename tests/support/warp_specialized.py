@@ -72,7 +72,7 @@ def warp_specialized_wherever_possible(tile: Tile = WARP_SPECIALIZED) -> Iterato
     """The choice of tiles takes them from the fewest rows with which they can run; nothing is remembered.
 
     Args:
-        tile: of 16-bit operands and float8; other weights are decoded into the largest.
+        tile: which of them.
     """
     remembered_calls.forget()
     with ExitStack() as patches:
@@ -80,10 +80,8 @@ def warp_specialized_wherever_possible(tile: Tile = WARP_SPECIALIZED) -> Iterato
         patches.enter_context(
             mock.patch.object(tuned_tiles, "warp_specialized_from", lambda *_: special_from)
         )
-        for name in ("ROWS_PAY_FROM", "BLOCKS_PAY_FROM"):
+        for name in ("DECODING_PAYS_FROM", "ROWS_PAY_FROM", "BLOCKS_PAY_FROM"):
             patches.enter_context(mock.patch.object(quantized_tiles, name, special_from))
-        decoding_from = {WARP_SPECIALIZED: WARP_SPECIALIZED_FROM}
-        patches.enter_context(mock.patch.object(quantized_tiles, "DECODING_PAYS_FROM", decoding_from))
         patches.enter_context(mock.patch.object(remembered_calls, "_MOST_BYTES", 0))
         for cache in ("_ready", "_loaded"):
             patches.enter_context(mock.patch.object(launch, cache, {}))

@@ -270,7 +270,9 @@ def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
         )
     else:
         inputs = (x, w1, w1_scale, w1_zp, slots, offsets, topk)
-        launches = decoding_launches.gather_launches_for(tiles, out, *inputs, weights, bias, body, layout)
+        launches = decoding_launches.gather_launches_for(
+            tile, tiles, out, *inputs, weights, bias, body, layout
+        )
     if zero_skipped:
         launches = (*launches, zero_skipped_rows.launch_for(out, slots, offsets, w1.size(0), False))
     return launches

@@ -220,7 +220,7 @@ def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
         )
     else:
         launches = decoding_launches.scatter_launches_for(
-            tiles, out, x, w2, w2_scale, w2_zp, slots, offsets, weights, bias
+            tile, tiles, out, x, w2, w2_scale, w2_zp, slots, offsets, weights, bias
         )
     if zero_skipped:
         launches = (*launches, zero_skipped_rows.launch_for(out, slots, offsets, w2.size(0), True))

@@ -28,10 +28,13 @@ from compile_moe.ops.kernels.warp_specialized import decoding_launches
 from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES
 
 _ROW_TILES = (16, 32, 64, 128)
-#: Rows of an average expert from which the warp-specialized kernels are taken, where both GEMMs took 0.85 to 0.98 of
-#: their time with tiles of 64 rows, and at 256 0.47 to 0.76; and of blocks of float8, 1.10 at 64, 0.88 at 128 (H200,
-#: Qwen3-30B shape, Mixtral, gpt-oss).
-DECODING_PAYS_FROM = {WARP_SPECIALIZED: 64}
+#: Rows of an average expert from which the warp-specialized kernels are taken. Both GEMMs with tiles of 64 and rings of
+#: 64, 128 and 256 rows, us, H200, one run. int8, Mixtral, 32, 48, 64, 80, 96, 128, 160 rows an expert: 816, 751, 777,
+#: 951; 820, 741, 771, 951; 1170, 818, 846, 1010; 1334, 858, 874, 1076; 1340, 1303, 906, 1103; 1666, 1508, 964, 1161;
+#: 1900, 1637, 1533, 1296. int4, Qwen3-30B shape, 32, 64, 96, 128, 160: 441, 318, 336, 415; 631, 349, 363, 445; 830,
+#: 495, 397, 484; 1007, 623, 434, 522; 1206, 674, 571, 576; at 32 others took 316. mxfp4, gpt-oss, 32, 64, 96, 128:
+#: 1706, 1575, 1631, 2099; 2355, 1687, 1730, 2198; 3194, 2375, 1885, 2345; 3876, 3129, 2000, 2505.
+DECODING_PAYS_FROM = {WARP_SPECIALIZED_64: 40, WARP_SPECIALIZED_128: 84, WARP_SPECIALIZED: 148}
 #: Of float8: both GEMMs with rings of 256, 128 and 64 rows and tiles of 64, us, H200, one run. Qwen3-30B shape, scales
 #: of rows, 48, 64, 80, 96, 128 rows an expert: 206, 198, 189, 207; 218, 208, 202, 244; 232, 224, 211, 294; 241, 232,
 #: 247, 302; 287, 266, 295, 357; of blocks: 263, 232, 232, 210; 296, 262, 264, 265; 318, 284, 289, 334; 318, 290, 359,
@@ -50,8 +53,7 @@ def tile_choice(
     for_few_rows = few_rows.serve(weight_format, x, w, w_scale, limits)
     candidates = tile_candidates(*sizes, weight_format, for_few_rows, gated, limits)
     if limits.warp_specialized and can_be_warp_specialized(weight_format, x, w, w_scale, out):
-        special = WARP_SPECIALIZED_TILES if weight_format.scales_sums else (WARP_SPECIALIZED,)
-        candidates = (*(tile for tile in candidates if tile.block_m <= 64), *special)
+        candidates = (*(tile for tile in candidates if tile.block_m <= 64), *WARP_SPECIALIZED_TILES)
     few = None
     if for_few_rows:
         few = few_rows.choose(candidates, out.size(0), w.size(0), out.size(1), w.size(2))

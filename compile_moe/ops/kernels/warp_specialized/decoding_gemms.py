@@ -47,48 +47,92 @@ def decoding_gather_gemm_kernel(
     GROUP: gl.constexpr,
     PACKED: gl.constexpr,
     PACKED_ZEROS: gl.constexpr,
+    ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     SLOTS: gl.constexpr,
+    DECODERS: gl.constexpr,
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(
-        x_ptr.dtype.element_ty, out_ptr.dtype.element_ty, STAGES, 129
+        x_ptr.dtype.element_ty, out_ptr.dtype.element_ty, STAGES, 129, ROWS=ROWS
     )
     stored = allocate_stored_ring(SLOTS, PACKED)
     scales = (scale_ptr, stride_se, stride_sn, stride_sk)
     zeros = (zero_ptr, stride_ze, stride_zn, stride_zk)
     row_scales = (scale_ptr, stride_se, stride_sn)
-    gl.warp_specialize(
-        [
-            (
-                consumer,
+    if DECODERS == 1:
+        gl.warp_specialize(
+            [
                 (
-                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
-                    num_slots, num_n, num_k, columns8, stride_be, stride_bn, row_scales,
-                    0, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, False, GROUP == 0,
+                    consumer,
+                    (
+                        w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
+                        num_slots, num_n, num_k, columns8, stride_be, stride_bn, row_scales,
+                        0, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, False, GROUP == 0,
+                    ),
                 ),
-            ),
-            (
-                consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
-                    num_slots, num_n, num_k, columns8, stride_be, stride_bn, row_scales,
-                    1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, False, GROUP == 0,
+                    consumer,
+                    (
+                        w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
+                        num_slots, num_n, num_k, columns8, stride_be, stride_bn, row_scales,
+                        1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, False, GROUP == 0,
+                    ),
                 ),
-            ),
-            (
-                decoding_producer,
                 (
-                    (x_ptr, row_stride16, depth16, topk), slots_ptr, w_desc, stored, scales, zeros, num_groups,
-                    w_smem, x_smem, tail_smem, full, empty, tiles_ptr, num_slots, num_n, num_k, columns8,
-                    STAGES, EPILOGUE, EVEN_K, INTERLEAVED, True, GROUP, HAS_ZERO, PACKED, PACKED_ZEROS,
+                    decoding_producer,
+                    (
+                        (x_ptr, row_stride16, depth16, topk), slots_ptr, w_desc, stored, scales, zeros, num_groups,
+                        w_smem, x_smem, tail_smem, full, empty, tiles_ptr, num_slots, num_n, num_k, columns8,
+                        STAGES, EPILOGUE, EVEN_K, INTERLEAVED, True, GROUP, HAS_ZERO, PACKED, PACKED_ZEROS, 0, DECODERS,
+                    ),
                 ),
-            ),
-        ],
-        [4, 4],
-        [REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
+            ],
+            [4, 4],
+            [REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        other_stored = allocate_stored_ring(SLOTS, PACKED)
+        gl.warp_specialize(
+            [
+                (
+                    consumer,
+                    (
+                        w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
+                        num_slots, num_n, num_k, columns8, stride_be, stride_bn, row_scales,
+                        0, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, False, GROUP == 0,
+                    ),
+                ),
+                (
+                    consumer,
+                    (
+                        w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
+                        num_slots, num_n, num_k, columns8, stride_be, stride_bn, row_scales,
+                        1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, False, GROUP == 0,
+                    ),
+                ),
+                (
+                    decoding_producer,
+                    (
+                        (x_ptr, row_stride16, depth16, topk), slots_ptr, w_desc, stored, scales, zeros, num_groups,
+                        w_smem, x_smem, tail_smem, full, empty, tiles_ptr, num_slots, num_n, num_k, columns8,
+                        STAGES, EPILOGUE, EVEN_K, INTERLEAVED, True, GROUP, HAS_ZERO, PACKED, PACKED_ZEROS, 0, DECODERS,
+                    ),
+                ),
+                (
+                    decoding_producer,
+                    (
+                        (x_ptr, row_stride16, depth16, topk), slots_ptr, w_desc, other_stored, scales, zeros,
+                        num_groups, w_smem, x_smem, tail_smem, full, empty, tiles_ptr, num_slots, num_n, num_k,
+                        columns8,
+                        STAGES, EPILOGUE, EVEN_K, INTERLEAVED, True, GROUP, HAS_ZERO, PACKED, PACKED_ZEROS, 1, DECODERS,
+                    ),
+                ),
+            ],
+            [4, 4, 4],
+            [REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
 
 
 def decoding_scatter_gemm_kernel(
@@ -119,45 +163,88 @@ def decoding_scatter_gemm_kernel(
     GROUP: gl.constexpr,
     PACKED: gl.constexpr,
     PACKED_ZEROS: gl.constexpr,
+    ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     SLOTS: gl.constexpr,
+    DECODERS: gl.constexpr,
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(
-        x_desc.dtype, out_ptr.dtype.element_ty, STAGES, 2
+        x_desc.dtype, out_ptr.dtype.element_ty, STAGES, 2, ROWS=ROWS
     )
     stored = allocate_stored_ring(SLOTS, PACKED)
     scales = (scale_ptr, stride_se, stride_sn, stride_sk)
     zeros = (zero_ptr, stride_ze, stride_zn, stride_zk)
     row_scales = (scale_ptr, stride_se, stride_sn)
-    gl.warp_specialize(
-        [
-            (
-                consumer,
+    if DECODERS == 1:
+        gl.warp_specialize(
+            [
                 (
-                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
-                    num_slots, num_n, num_k, columns8, stride_be, stride_bn, row_scales,
-                    0, STAGES, "none", HAS_BIAS, False, False, False, GROUP == 0,
+                    consumer,
+                    (
+                        w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
+                        num_slots, num_n, num_k, columns8, stride_be, stride_bn, row_scales,
+                        0, STAGES, "none", HAS_BIAS, False, False, False, GROUP == 0,
+                    ),
                 ),
-            ),
-            (
-                consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
-                    num_slots, num_n, num_k, columns8, stride_be, stride_bn, row_scales,
-                    1, STAGES, "none", HAS_BIAS, False, False, False, GROUP == 0,
+                    consumer,
+                    (
+                        w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
+                        num_slots, num_n, num_k, columns8, stride_be, stride_bn, row_scales,
+                        1, STAGES, "none", HAS_BIAS, False, False, False, GROUP == 0,
+                    ),
                 ),
-            ),
-            (
-                decoding_producer,
                 (
-                    (x_desc, x256_desc), slots_ptr, w_desc, stored, scales, zeros, num_groups,
-                    w_smem, x_smem, tail_smem, full, empty, tiles_ptr, num_slots, num_n, num_k, columns8,
-                    STAGES, "none", True, False, False, GROUP, HAS_ZERO, PACKED, PACKED_ZEROS,
+                    decoding_producer,
+                    (
+                        (x_desc, x256_desc), slots_ptr, w_desc, stored, scales, zeros, num_groups,
+                        w_smem, x_smem, tail_smem, full, empty, tiles_ptr, num_slots, num_n, num_k, columns8,
+                        STAGES, "none", True, False, False, GROUP, HAS_ZERO, PACKED, PACKED_ZEROS, 0, DECODERS,
+                    ),
                 ),
-            ),
-        ],
-        [4, 4],
-        [REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
+            ],
+            [4, 4],
+            [REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        other_stored = allocate_stored_ring(SLOTS, PACKED)
+        gl.warp_specialize(
+            [
+                (
+                    consumer,
+                    (
+                        w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
+                        num_slots, num_n, num_k, columns8, stride_be, stride_bn, row_scales,
+                        0, STAGES, "none", HAS_BIAS, False, False, False, GROUP == 0,
+                    ),
+                ),
+                (
+                    consumer,
+                    (
+                        w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
+                        num_slots, num_n, num_k, columns8, stride_be, stride_bn, row_scales,
+                        1, STAGES, "none", HAS_BIAS, False, False, False, GROUP == 0,
+                    ),
+                ),
+                (
+                    decoding_producer,
+                    (
+                        (x_desc, x256_desc), slots_ptr, w_desc, stored, scales, zeros, num_groups,
+                        w_smem, x_smem, tail_smem, full, empty, tiles_ptr, num_slots, num_n, num_k, columns8,
+                        STAGES, "none", True, False, False, GROUP, HAS_ZERO, PACKED, PACKED_ZEROS, 0, DECODERS,
+                    ),
+                ),
+                (
+                    decoding_producer,
+                    (
+                        (x_desc, x256_desc), slots_ptr, w_desc, other_stored, scales, zeros, num_groups,
+                        w_smem, x_smem, tail_smem, full, empty, tiles_ptr, num_slots, num_n, num_k, columns8,
+                        STAGES, "none", True, False, False, GROUP, HAS_ZERO, PACKED, PACKED_ZEROS, 1, DECODERS,
+                    ),
+                ),
+            ],
+            [4, 4, 4],
+            [REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip

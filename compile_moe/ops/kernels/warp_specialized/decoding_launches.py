@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
@@ -14,7 +14,7 @@ from compile_moe.ops.kernels.epilogue import with_globals
 from compile_moe.ops.kernels.launch import Launch
 from compile_moe.ops.kernels.quantized import operands
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat, decode_scale_16_bits
-from compile_moe.ops.kernels.tiles import row_stride
+from compile_moe.ops.kernels.tiles import Tile, row_stride
 from compile_moe.ops.kernels.warp_specialized import consumer as consumers
 from compile_moe.ops.kernels.warp_specialized import decode_weights, decoding_producers, row_tiles
 from compile_moe.ops.kernels.warp_specialized.decoding_gemms import (
@@ -30,11 +30,29 @@ from compile_moe.ops.kernels.warp_specialized.descriptors import (
 from compile_moe.ops.kernels.warp_specialized.gather_gemm import with_epilogue
 from compile_moe.ops.kernels.warp_specialized.stored_weights import COLUMNS
 
-STAGES = 3
-#: Of the ring of stored weights, by how many share a byte: what shared memory has room for.
-SLOTS = {1: 6, 2: 8}
-#: Of a thread of the consumers and of the producer.
-GATHER_REGISTERS, SCATTER_REGISTERS = (192, 128), (208, 96)
+
+class Ring(NamedTuple):
+    """By rows of tokens in a stage.
+
+    stages: of the ring; slots: of a decoder's ring of stored weights, by how many share a byte: what shared memory has
+    room for.
+    decoders: warpgroups that decode, which take the steps in turn.
+    gather, scatter: registers of a thread of the consumers and of those, by GEMM.
+    """
+
+    stages: int
+    slots: dict[int, int]
+    decoders: int
+    gather: tuple[int, int]
+    scatter: tuple[int, int]
+
+
+#: With two decoders the assembler has 128 registers for a thread, which products of 256 tokens exceed.
+RINGS = {
+    256: Ring(3, {1: 6, 2: 8}, 1, (192, 128), (208, 96)),
+    128: Ring(4, {1: 3, 2: 4}, 2, (128, 128), (128, 128)),
+    64: Ring(5, {1: 3, 2: 4}, 2, (128, 128), (128, 128)),
+}
 _SMALLEST_GROUP = 32
 
 
@@ -70,6 +88,7 @@ def with_format(kernel: Callable[..., None], weight_format: WeightFormat) -> Cal
 
 
 def gather_launches_for(
+    tile: Tile,
     tiles: Tensor,
     out: Tensor,
     hidden_states: Tensor,
@@ -113,18 +132,19 @@ def gather_launches_for(
         "EPILOGUE": "gated" if gated else "ungated",
         "INTERLEAVED": layout == "interleaved",
         "EVEN_K": depth % COLUMNS.value == 0,
-        **_constants(weight_format, bias, w1_zp, GATHER_REGISTERS),
+        **_constants(tile, weight_format, bias, w1_zp, RINGS[tile.block_m].gather),
     }
     functions = (consumers, "consume_tile"), (consumers, "consumer")
     kernel = with_format(decoding_gather_gemm_kernel, weight_format)
     kernel = with_epilogue(kernel, functions, epilogue_body)
     return (
-        row_tiles.launch_for(row_tiles.ROWS, tiles, expert_offsets, num_slots, w1.size(0)),
+        row_tiles.launch_for(tile.block_m, tiles, expert_offsets, num_slots, w1.size(0)),
         Launch(kernel, (num_programs(out.device.index),), args, options),
     )
 
 
 def scatter_launches_for(
+    tile: Tile,
     tiles: Tensor,
     out: Tensor,
     intermediate: Tensor,
@@ -157,28 +177,32 @@ def scatter_launches_for(
         *((0, 0) if bias is None else bias.stride()),
         *operands.group_strides(w2_scale, w2_zp),
     )
-    options = _constants(weight_format, bias, w2_zp, SCATTER_REGISTERS)
+    options = _constants(tile, weight_format, bias, w2_zp, RINGS[tile.block_m].scatter)
     kernel = with_format(decoding_scatter_gemm_kernel, weight_format)
     return (
-        row_tiles.launch_for(row_tiles.ROWS, tiles, expert_offsets, num_slots, w2.size(0)),
+        row_tiles.launch_for(tile.block_m, tiles, expert_offsets, num_slots, w2.size(0)),
         Launch(with_epilogue(kernel, (), ""), (num_programs(out.device.index),), args, options),
     )
 
 
 def _constants(
+    tile: Tile,
     weight_format: WeightFormat,
     bias: Tensor | None,
     zero_points: Tensor | None,
     registers: tuple[int, int],
 ) -> dict[str, Any]:
+    ring = RINGS[tile.block_m]
     return {
         "HAS_BIAS": bias is not None,
         "HAS_ZERO": zero_points is not None,
         "GROUP": weight_format.group,
         "PACKED": weight_format.packed,
         "PACKED_ZEROS": weight_format.packed_zeros,
-        "STAGES": STAGES,
-        "SLOTS": SLOTS[weight_format.packed],
+        "ROWS": tile.block_m,
+        "STAGES": ring.stages,
+        "SLOTS": ring.slots[weight_format.packed],
+        "DECODERS": ring.decoders,
         "REGISTERS": registers[0],
         "PRODUCER_REGISTERS": registers[1],
         "num_warps": 4,

@@ -41,13 +41,20 @@ def decoding_producer(
     HAS_ZERO: gl.constexpr,
     PACKED: gl.constexpr,
     PACKED_ZEROS: gl.constexpr,
+    WHICH: gl.constexpr,
+    DECODERS: gl.constexpr,
 ):
-    """Fill the ring with rows, and with weights from the ring of those as they are stored, which runs ahead of it."""
+    """Fill the ring with rows, and with weights from the ring of those as they are stored, which runs ahead of it.
+
+    Args:
+        WHICH: of so many decoders, who take the program's steps in turn. Each has a ring of stored weights of its own.
+    """
     num_row_tiles = gl.load(tiles_ptr)
     num_tiles = num_row_tiles * num_n
     STEP: gl.constexpr = x_smem.shape[2]
     smem, stored_full = stored
     SLOTS: gl.constexpr = smem.shape[0]
+    HAS_MANY: gl.constexpr = x_smem.shape[0] == 8 * STAGES  # room for more than 160 rows
     step = gl.num_programs(0)
     layout: gl.constexpr = gl.BlockedLayout([1, STEP // 8], [4, 8], [4, 1], [1, 0])
     # Of the loads that run ahead: tile and step, and where the tile behind it is.
@@ -55,13 +62,19 @@ def decoding_producer(
     ka = 0
     ea, _, _, na = find_tile(tiles_ptr, ta, num_row_tiles, num_n)
     eb, _, _, nb = find_tile(tiles_ptr, ta + step, num_row_tiles, num_n)
+    for _ in gl.static_range(WHICH):
+        ta, ka, ea, na, eb, nb = step_behind(ta, ka, ea, na, eb, nb, tiles_ptr, num_row_tiles, num_n, num_k)
     for i in gl.static_range(SLOTS):
         request(stored, w_desc, i, ta, ka, ea, na, num_tiles, EPILOGUE)
-        ta, ka, ea, na, eb, nb = step_behind(ta, ka, ea, na, eb, nb, tiles_ptr, num_row_tiles, num_n, num_k)
+        for _ in gl.static_range(DECODERS):
+            ta, ka, ea, na, eb, nb = step_behind(
+                ta, ka, ea, na, eb, nb, tiles_ptr, num_row_tiles, num_n, num_k
+            )
     slot = 0
     slot_phase = 0
-    stage = 0
+    stage = WHICH
     phase = 0
+    first_k = WHICH  # of a tile
     e1, f1, r1, n1 = find_tile(tiles_ptr, gl.program_id(0), num_row_tiles, num_n)
     if GATHER:
         s0, s1, s2, s3, st = tile_slots(slots_ptr, f1, r1, layout)
@@ -75,13 +88,13 @@ def decoding_producer(
             scale_ptrs, zero_ptrs, mask, zero_row = group_ptrs(
                 scales, zeros, expert, tile_n, columns8, EPILOGUE, INTERLEAVED, PACKED_ZEROS
             )
-            scale_codes = load_groups(scale_ptrs, mask, scales[3], 0, num_groups, GROUP)
+            scale_codes = load_groups(scale_ptrs, mask, scales[3], first_k, num_groups, GROUP)
             if HAS_ZERO:
-                zero_codes = load_groups(zero_ptrs, mask, zeros[3], 0, num_groups, GROUP)
+                zero_codes = load_groups(zero_ptrs, mask, zeros[3], first_k, num_groups, GROUP)
         e1, f1, r1, n1 = find_tile(tiles_ptr, tile + step, num_row_tiles, num_n)
         if GATHER:
             s0, s1, s2, s3, st = tile_slots(slots_ptr, f1, r1, layout)
-        for k in range(num_k):
+        for k in range(first_k, num_k, DECODERS):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             bar = full.index(stage)
             if GATHER:
@@ -90,8 +103,13 @@ def decoding_producer(
                     STAGES, EVEN_K, layout,
                 )  # fmt: skip
                 async_copy.mbarrier_arrive(bar, increment_count=False)
-            elif rows > 160:
-                copy_many_rows(x[0], x[1], x_smem, tail_smem, bar, stage, first, rows, k * STEP, STAGES, 0)
+            elif HAS_MANY:
+                if rows > 160:
+                    copy_many_rows(
+                        x[0], x[1], x_smem, tail_smem, bar, stage, first, rows, k * STEP, STAGES, 0
+                    )
+                else:
+                    copy_few_rows(x[0], x_smem, tail_smem, bar, stage, first, rows, k * STEP, 0)
             else:
                 copy_few_rows(x[0], x_smem, tail_smem, bar, stage, first, rows, k * STEP, 0)
             scale = None
@@ -107,12 +125,14 @@ def decoding_producer(
             mbarrier.arrive(bar, count=1)
             if GROUP:
                 # Those of the next step, behind the fence, which waits for loads.
-                scale_codes = load_groups(scale_ptrs, mask, scales[3], k + 1, num_groups, GROUP)
+                scale_codes = load_groups(scale_ptrs, mask, scales[3], k + DECODERS, num_groups, GROUP)
                 if HAS_ZERO:
-                    zero_codes = load_groups(zero_ptrs, mask, zeros[3], k + 1, num_groups, GROUP)
+                    zero_codes = load_groups(zero_ptrs, mask, zeros[3], k + DECODERS, num_groups, GROUP)
             request(stored, w_desc, slot, ta, ka, ea, na, num_tiles, EPILOGUE)
-            ta, ka, ea, na, eb, nb = step_behind(
-                ta, ka, ea, na, eb, nb, tiles_ptr, num_row_tiles, num_n, num_k
-            )
+            for _ in gl.static_range(DECODERS):
+                ta, ka, ea, na, eb, nb = step_behind(
+                    ta, ka, ea, na, eb, nb, tiles_ptr, num_row_tiles, num_n, num_k
+                )
+                stage, phase = next_stage(stage, phase, STAGES)
             slot, slot_phase = next_stage(slot, slot_phase, SLOTS)
-            stage, phase = next_stage(stage, phase, STAGES)
+        first_k = (first_k + num_k) % DECODERS  # of at most two
