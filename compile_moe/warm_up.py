@@ -104,13 +104,10 @@ def _load_one_token(
         q, facts = quant_config, quant_config.facts
         assert q.w1_scale is not None and q.w2_scale is not None, "fused_experts took them"
         form = facts.text, hidden_states.dtype
-        tokens, scale = (
-            quantize_tokens(hidden_states, facts.scaling) if facts.scaling else (hidden_states, None)
-        )
-        # The stages take static scales.
-        is_served = q.a2_scale is None and serves_quantized(
-            tokens, w1, q.w1_scale, w2, q.w2_scale, topk, *form
-        )
+        tokens, scale, is_served = hidden_states, None, q.a2_scale is None  # the stages take static scales
+        if is_served and facts.scaling:
+            tokens, scale = quantize_tokens(hidden_states, facts.scaling)
+        is_served = is_served and serves_quantized(tokens, w1, q.w1_scale, w2, q.w2_scale, topk, *form)
         weights = w1, q.w1_scale, q.w1_zp, w2, q.w2_scale, q.w2_zp
         load = functools.partial(
             quantized_one_token_experts, tokens, scale, *weights, *router, *form, *options

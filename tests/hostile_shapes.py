@@ -103,6 +103,14 @@ def many_rows(device: str, share: Share) -> int:
                 layer = make_layer(**case, dtype=dtype, device=device)
                 assert_as_accurate(compile_moe.fused_experts(*layer.args, **layer.options), layer)
                 count += 1
+            for scheme, name in share(itertools.product(("int8_w8a16", "int4_w4a16"), ("K", "I"))):
+                sizes = {"M": 300, "K": 160, "I": 96, "E": 4} | {name: 544}
+                q = make_quantized(Variant(scheme), **sizes, biased=True, skipped=True, dtype=torch.bfloat16)
+                args, options = q.on_gpu()
+                launch._ready.clear()
+                assert_quantized_as_accurate(compile_moe.fused_experts(*args, **options).cpu(), q)
+                assert {"decoding_gather_gemm_kernel", "decoding_scatter_gemm_kernel"} <= set(launched())
+                count += 1
     with warp_specialized_wherever_possible():
         layer = make_layer(M=700, K=128, I=64, E=4, skipped=True, dtype=torch.bfloat16, device=device)
         kernel = FusedMoEModularKernel(OwnFinalize(), TritonExperts())
@@ -187,7 +195,10 @@ def one_token(device: str, share: Share) -> int:
             layer = make_layer(**{**case, **size, "M": 1}, dtype=dtype, device=device)
             assert_as_accurate(run_one_token(layer), layer)
             count += 1
+    float8 = torch.cuda.get_device_capability(device) >= (8, 9)
     for variant, topk in share(itertools.product(ONE_TOKEN_VARIANTS.values(), (1, 3, 8, 16))):
+        if variant.made.weight_dtype is torch.float8_e4m3fn and not float8:
+            continue
         sizes: dict[str, Any] = {"M": 1, "E": 16, "topk": topk, "K": 160 * topk, "I": 96, "biased": True}
         q = make_quantized(variant, **sizes, skipped=topk == 8, dtype=torch.bfloat16)
         assert_quantized_as_accurate(run_quantized_one_token(q), q)

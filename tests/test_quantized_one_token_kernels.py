@@ -16,9 +16,10 @@ from compile_moe.ops.kernels.quantized.one_token.launches import parts_of_slots,
 from compile_moe.ops.named_activations import program_text
 from compile_moe.ops.quantized_format import weight_format
 from compile_moe.quantization import SCHEMES
+from compile_moe.quantization.rounding import LARGEST
 from tests.support.aot import CAPABILITIES
 from tests.support.quantized import Variant, assert_as_accurate, make_quantized
-from tests.support.quantized_one_token import CASES, VARIANTS, make, run_one_token
+from tests.support.quantized_one_token import CASES, VARIANTS, arguments_of, make, run_one_token
 from tests.test_kernels_ahead_of_time import SHAPES, compile_launch, empty
 
 BF16 = {"dtype": torch.bfloat16}
@@ -54,7 +55,7 @@ def test_where_they_serve() -> None:
     assert not served(int8, x=torch.empty(1, 1024, **BF16)[:, ::2])
     assert not served(int8, w=torch.empty(2, 512, 64, dtype=torch.uint8).transpose(1, 2))
     assert not served(int8, w=torch.empty(2, 0, 512, dtype=torch.uint8))
-    # Decoded to bfloat16, with scales of whole steps.
+    # Decoded to float16, with scales of whole steps.
     assert served(Variant("fp8_w8a8_channel"), dtype=torch.float16)
     assert not served(Variant("fp8_w8a8_channel"), dtype=torch.float32)
     assert not served(Variant("fp8_w8a8_block", (("block_shape", (128, 64)),)))
@@ -93,7 +94,8 @@ def of_shape(variant: Variant, sizes: tuple[int, int, int, int], biased: bool, *
         empty(1, topk, dtype=torch.int64),
         empty(e, dtype=torch.int64) if biased else None,
         weight_format(scheme.text),
-        None if scaling is None else scaling.text,
+        "16 bits" if scaling is None else scaling.per,
+        0.0 if scaling is None else LARGEST[scaling.dtype],
         empty(e, 2 * i, **dtype) if biased else None,
         empty(e, k, **dtype) if biased else None,
         program.triton_source(),
@@ -196,7 +198,6 @@ def test_every_number_on_a_gpu(variant: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in WEIGHT_ONLY])
 def test_every_number_of_quantized_tokens_on_a_gpu(variant: str, dtype: torch.dtype) -> None:
@@ -222,6 +223,18 @@ def test_every_number_of_quantized_tokens_on_a_gpu(variant: str, dtype: torch.dt
         )
         rows = quantized_one_token_experts(*(a.cuda() if isinstance(a, Tensor) else a for a in arguments))
         assert torch.equal(rows[0].cpu().float(), numbers[0, :, column])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in WEIGHT_ONLY])
+def test_rows_of_all_sizes_on_a_gpu(variant: str) -> None:
+    """As the CPU computes them: rows between the GEMMs of 2^-20 to 2^8, of which each scale has to see its own."""
+    made = make(variant, "eight")
+    w1_scale = made.scales["w1_scale"]
+    sizes = 2.0 ** torch.linspace(-20, 8, 16).view(-1, *[1] * (w1_scale.dim() - 1))
+    result = run_one_token(made, w1_scale=w1_scale * sizes)
+    expected = quantized_one_token_experts(*arguments_of(made, "cpu", w1_scale=w1_scale * sizes))
+    torch.testing.assert_close(result, expected, rtol=2e-2, atol=1e-2 * expected.abs().max().item())
 
 
 @pytest.mark.gpu

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from compile_moe.ops import quantized_one_token_experts
+from compile_moe.ops import quantize_tokens, quantized_one_token_experts
 from tests.support.launchers import launch
 from tests.support.one_token_on_cpu import kernels_launched, one_token_on_cpu
 from tests.support.quantized import Quantized, assert_as_accurate
 from tests.support.quantized_one_token import CASES, VARIANTS, arguments_of, make
 
+TOKENS_QUANTIZED = [name for name, variant in VARIANTS.items() if variant.made.token_scaling is not None]
 #: Slots and their parts of the depth in the second GEMM.
 SEGMENTS = {"one expert": (1, 8), "two, deep": (2, 4), "plain": (2, 1), "eight": (8, 2), "sixteen": (16, 1)}
 
@@ -76,6 +77,44 @@ def test_ids_that_make_no_sense_lead_nowhere(mapped: bool) -> None:
     made = make("int4, zero points", "plain", topk=4, biased=True, mapped=mapped)
     ids = torch.tensor([[2**40, -(2**40), -1, 2**31 - 1]])
     assert not run(made, topk_ids=ids).any()
+
+
+def test_one_scale_for_all_rows_is_of_those_that_there_are(poison_empty: None) -> None:
+    """Of skipped slots the rows between the GEMMs hold what was there before."""
+    made = make("fp8_w8a8_tensor", "skipped")
+    assert_as_accurate(run(made), made)
+    made.layer.topk_ids.fill_(-1)
+    assert not run(made).any()
+
+
+@pytest.mark.parametrize("variant", TOKENS_QUANTIZED)
+def test_rows_of_all_sizes(variant: str) -> None:
+    """As the stages compute them, whose rows are quantized by themselves: rows between the GEMMs of 2^-20 to 2^8."""
+    made = make(variant, "eight")
+    sizes = 2.0 ** torch.linspace(-20, 8, 16)
+    w1_scale = made.scales["w1_scale"] * sizes.view(-1, *[1] * (made.scales["w1_scale"].dim() - 1))
+    arguments = arguments_of(made, "cpu", w1_scale=w1_scale)
+    expected = quantized_one_token_experts(*arguments)
+    result = launch(quantized_one_token_experts, *arguments)
+    torch.testing.assert_close(result, expected, rtol=2e-2, atol=1e-2 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-40, torch.inf, torch.nan])
+@pytest.mark.parametrize("variant", TOKENS_QUANTIZED)
+def test_special_tokens(variant: str, value: float) -> None:
+    """As the stages compute them."""
+    made = make(variant, "plain")
+    x = made.args[0].clone()
+    x[0, 3] = value
+    if value == 0.0:
+        x.zero_()
+    tokens, scale = quantize_tokens(x, made.variant.made.token_scaling.text)
+    arguments = arguments_of(made, "cpu", hidden_states=tokens, hidden_states_scale=scale)
+    expected = quantized_one_token_experts(*arguments)
+    result = launch(quantized_one_token_experts, *arguments)
+    assert torch.equal(result.isfinite(), expected.isfinite())
+    if expected.isfinite().all():
+        torch.testing.assert_close(result, expected, rtol=2e-2, atol=1e-2 * expected.abs().max().item())
 
 
 def test_numbers_that_are_none_stay_in_their_rows() -> None:

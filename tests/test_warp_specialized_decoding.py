@@ -12,7 +12,12 @@ from torch import Tensor
 from compile_moe.ops.epilogue import parse
 from compile_moe.ops.kernels.quantized import tiles
 from compile_moe.ops.kernels.quantized.tiles import pays_from, tile_choice
-from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, WARP_SPECIALIZED_TILES, Tile
+from compile_moe.ops.kernels.tiles import (
+    WARP_SPECIALIZED,
+    WARP_SPECIALIZED_FROM,
+    WARP_SPECIALIZED_TILES,
+    Tile,
+)
 from compile_moe.ops.kernels.warp_specialized import decoding_launches, row_tiles
 from compile_moe.ops.named_activations import program_text
 from compile_moe.ops.quantized_format import weight_format
@@ -84,6 +89,8 @@ def test_who_can_run_it(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_from_so_many_rows_on(hopper: None) -> None:
     for variant in VARIANTS.values():
         special_from = pays_from(weight_format(variant.made.text))
+        # From where memory for the list of tiles comes with the call.
+        assert min(special_from.values()) >= WARP_SPECIALIZED_FROM
         enough = 4 * min(special_from.values())
         few, many = (candidates(variant, slots=slots) for slots in (enough - 1, enough))
         assert few.tile.block_m == 64 and not few.tile.warp_specialized

@@ -17,8 +17,8 @@ Args:
 On CUDA, weights and quantized tokens that start at no multiple of 4 bytes take the stages, which are slower.
 
 Returns:
-    (1, K) in out_dtype, contiguous. The rows between the GEMMs are rounded to it, and quantized with scales of their
-    own where the scheme quantizes tokens; what the experts return is weighted and summed in float32 and rounded once.
+    (1, K) in out_dtype, contiguous. The rows between the GEMMs are rounded to it, and quantized as tokens are where the
+    scheme quantizes these; what the experts return is weighted and summed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from compile_moe.ops.registry import OutputSpec, define_op
 from compile_moe.ops.sort_tokens import debug_check_id_values, sort_tokens
 from compile_moe.ops.weight_and_reduce import weight_and_reduce
 from compile_moe.quantization import parse_scheme
+from compile_moe.quantization.rounding import LARGEST
 
 #: Bytes that are loaded at once: views that start elsewhere would be read slowly.
 _ALIGNMENT = 16
@@ -67,7 +68,7 @@ def serves(
     scheme: str,
     out_dtype: torch.dtype,
 ) -> bool:
-    """Whether the op is the faster way for these arguments: one token, weights that the kernels take, too few
+    """Whether the op is no slower a way for these arguments: one token, weights that the kernels take, too few
     rows of them for the stages. Reads shapes, strides, dtypes and devices only, and adds no guards.
     """
     num_tokens = hidden_states.size(0)
@@ -244,8 +245,8 @@ def _launch(
             f"w2 {shape(w2)} with strides {w2.stride()}, scales in {w1_scale.dtype} and {w2_scale.dtype}; accepted "
             "are 16-bit tokens, or quantized ones for 16-bit results, in one piece (bfloat16 for mxfp4) for 1 to "
             f"{kernels.MOST_EXPERTS} experts, weights in bytes or nibbles, multiples of 16 rows, in one piece each and "
-            "a multiple of 16 bytes long, with a scale an expert or a row or, in the tokens' dtype or mxfp4's unless "
-            "tokens are quantized, for each 2^n columns from 32 on; call fused_experts"
+            "a multiple of 16 bytes long, with a scale an expert or a row or, in the tokens' dtype or mxfp4's, for "
+            "each 2^n columns from 32 on, or, where tokens are quantized, for each 128; call fused_experts"
         )
     in_words = (w1, w2) if hidden_states_scale is None else (hidden_states, w1, w2)
     if any(t.data_ptr() % kernels.WORD for t in in_words):
@@ -288,7 +289,8 @@ def _launch(
         topk_ids,
         None if expert_map is None else expert_map.contiguous(),
         weight_format(scheme),
-        None if scaling is None else scaling.text,
+        "16 bits" if scaling is None else scaling.per,
+        0.0 if scaling is None else LARGEST[scaling.dtype],
         w1_bias,
         w2_bias,
         program.triton_source() if program else "",

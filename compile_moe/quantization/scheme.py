@@ -57,7 +57,8 @@ class Scheme(ABC):
     #: the others.
     decode_words: ClassVar[Any] = None
     #: The same of words of four bytes, each given twice, so that a pair gives two numbers of 16 bits: of bytes 0 and 2,
-    #: and of 1 and 3. For the kernels of one token; None leaves it to the others.
+    #: and of 1 and 3. For the kernels of one token; None leaves it to the others. Where tokens are quantized, it
+    #: decodes these as well, to float16 only, which must hold both exactly.
     decode_registers: ClassVar[Any] = None
     #: Whether scales are powers of two, of float32's range.
     powers_of_two: ClassVar[bool] = False

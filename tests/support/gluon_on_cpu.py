@@ -256,6 +256,7 @@ class Program:
                 torch.full([*map(int, shape)], _data(value), dtype=DTYPES[dtype])
             ),
             fdiv=_binary(torch.div),
+            fma=lambda a, b, c: Value((a.data.double() * b.data.double() + c.data.double()).float()),
             zeros_like=lambda value: Value(torch.zeros_like(value.data)),
             expand_dims=_expand_dims,
             broadcast=lambda a, b: tuple(map(Value, torch.broadcast_tensors(a.data, b.data))),

@@ -12,7 +12,7 @@ class WeightFormat(NamedTuple):
     """A scheme's layout and the Triton functions that dequantize it.
 
     decode: stored numbers (uint8, a byte or a nibble each) to float32, before zero point and scale; None multiplies
-        weights as they are stored, by tokens of their dtype.
+        weights as they are stored, by tokens of their dtype, but at one token, which decodes both to float16.
     decode_16_bits: stored bytes to float16 or bfloat16, two at a time; None where there is none.
     decode_words: the same of four bytes at a time, of which it returns those of bytes 0, 2, 1, 3. decode_registers: of
         words, each given twice: numbers of bytes 0 and 2, and of 1 and 3.

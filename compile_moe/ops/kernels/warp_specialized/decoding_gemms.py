@@ -1,7 +1,7 @@
 """Both GEMMs on weights that are stored in 4 or 8 bits and multiplied in 16, for many rows an expert on Hopper.
 
-As those on 16-bit weights, but for the producer, which decodes them: each weight once for up to 288 tokens, where the
-kernels for fewer rows decode it for every tile of these.
+As those on 16-bit weights, but for producers, one or two, which decode them: each weight once for all tokens of a
+stage, up to 96, 160 or 288, where the kernels for fewer rows decode it for every tile of these.
 """
 
 from __future__ import annotations

@@ -34,8 +34,9 @@ _REGISTERS = 128
 
 def serve(weight_format: WeightFormat, x: Tensor, w: Tensor, w_scale: Tensor, out_dtype: torch.dtype) -> bool:
     """Whether x (rows, depth) and weights (E, rows of weights, ...) can be multiplied by them: decoded to the tokens'
-    dtype, in whole tiles, with rows in pieces of 16 bytes, each of which has one scale. Reads shapes, strides and
-    dtypes only; weights must start at a multiple of 4 bytes, and are read faster from one of 16.
+    dtype, or both to float16 where tokens are quantized; in whole tiles, with rows in pieces of 16 bytes, each of which
+    has one scale, or steps where tokens are quantized. Reads shapes, strides and dtypes only; weights must start at a
+    multiple of 4 bytes, and are read faster from one of 16.
     """
     group = weight_format.group
     if weight_format.decode_registers is None:
@@ -75,7 +76,8 @@ def launches_for(
     topk_ids: Tensor,
     expert_map: Tensor | None,
     weight_format: WeightFormat,
-    scaling: str | None,
+    tokens: str,
+    largest: float,
     w1_bias: Tensor | None,
     w2_bias: Tensor | None,
     epilogue_body: str,
@@ -87,6 +89,8 @@ def launches_for(
 
     Args:
         out: (1, K). intermediate: (topk, I).
+        tokens: "16 bits", or how those that are quantized share scales: per "token", "tensor" or "group".
+        largest: magnitude of quantized ones.
     """
     topk = topk_ids.size(1)
     routing = topk_ids, topk_ids if expert_map is None else expert_map
@@ -100,12 +104,8 @@ def launches_for(
         of_bias = (0, 0) if bias is None else bias.stride()
         return *w.stride()[:2], *group_strides(scale, zero), *of_bias
 
-    largest = 0.0 if scaling is None else 127.0 if scaling.startswith("int8") else 448.0
-    per = "16 bits" if scaling is None else scaling.split()[2]
-
-    def constants(zero: Tensor | None, bias: Tensor | None, tokens: str) -> dict[str, Any]:
+    def constants(zero: Tensor | None, bias: Tensor | None) -> dict[str, Any]:
         return {
-            "TOKENS": tokens,
             "LARGEST": largest,
             "SCALE_ROWS": weight_format.rows,
             "HAS_BIAS": bias is not None,
@@ -135,7 +135,8 @@ def launches_for(
         ),
         {
             "LAYOUT": layout,
-            **constants(w1_zp, w1_bias, per if scaling is None else "stored"),
+            "TOKENS": tokens if hidden_states_scale is None else "stored",
+            **constants(w1_zp, w1_bias),
             "PARTS": _WARPS,
             "num_warps": _WARPS,
             "maxnreg": _REGISTERS,
@@ -163,7 +164,8 @@ def launches_for(
         {
             "APPLY_WEIGHTS": apply_weights,
             "ROUND_WEIGHTS": round_weights,
-            **constants(w2_zp, w2_bias, per),
+            "TOKENS": tokens,
+            **constants(w2_zp, w2_bias),
             "PARTS": parts,
             "SEGMENTS": segments,
             "num_warps": segments // 2,
@@ -207,7 +209,7 @@ def quantized_one_token_experts(out: Tensor, *arguments: Any) -> None:
 def _plan(*arguments: Any) -> Plan:
     """Arguments: those of :func:`launches_for`."""
     launches = launches_for(*arguments)
-    weight_format, epilogue_body = arguments[13], arguments[17]
+    weight_format, epilogue_body = arguments[13], arguments[18]
     described = (
         pointer_key(argument) if isinstance(argument, Tensor) else argument
         for each in launches

@@ -25,7 +25,6 @@ from compile_moe.ops.kernels.quantized.one_token.layouts import (
 )
 from compile_moe.ops.kernels.quantized.one_token.loads import load_groups, load_step
 from compile_moe.ops.kernels.quantized.one_token.tokens import (
-    bits_of_magnitude,
     quantized,
     scale_of,
     scales_of_rows,
@@ -38,6 +37,7 @@ from compile_moe.ops.kernels.quantized.weight_format import (
     decode_scale,
     decode_scale_16_bits,
 )
+from compile_moe.ops.kernels.token_rounding import bits_of_magnitude
 
 
 @gluon.jit

@@ -12,13 +12,9 @@ from triton.experimental.gluon import language as gl
 
 from compile_moe.ops.kernels.quantized.one_token.layouts import STEP_BYTES, columns_of_segments, products
 from compile_moe.ops.kernels.quantized.one_token.loads import load_step
+from compile_moe.ops.kernels.token_rounding import bits_of_magnitude
 
 _LOADS_AT_ONCE = gl.constexpr(4)
-
-
-@gluon.jit
-def bits_of_magnitude(x):
-    return x.to(gl.float32).to(gl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @gluon.jit
@@ -55,7 +51,7 @@ def quantized(x, scale, LARGEST: gl.constexpr):
     x = x.to(gl.float32)
     q = x * reciprocal
     # Corrected by what is left: division, correctly rounded but for denormals.
-    q = q + (x - q * scale) * reciprocal
+    q = gl.fma(gl.fma(-q, scale, x), reciprocal, q)
     q = gl.where(q > LARGEST, LARGEST, gl.where(q < -LARGEST, -LARGEST, q))
     if LARGEST == 127.0:
         # To the nearest integer, halves to even: the sum has no bits for more.
