@@ -131,23 +131,23 @@ fp8 per group:
         self.assertExpectedInline(
             by_kernels(found),
             """\
-fp8 per token silu, fp8 per token silu one token, int8 per token silu, int8 per token silu one token, fp8
-    static silu, fp8 static silu one token, int8 per token callable, fp8 per token gelu, fp8 per token
-    swigluoai:
+fp8 per token silu, int8 per token silu, fp8 static silu, fp8 static silu one token, int8 per token callable,
+    fp8 per token gelu, fp8 per token swigluoai:
     rms_norm, mm, route_and_sort_tokens, quantized_gather_gemm, triton, quantized_scatter_gemm,
     weight_and_reduce + rms_norm
+fp8 per token silu one token, int8 per token silu one token, fp8 per tensor silu one token:
+    rms_norm, mm, route_tokens, quantized_one_token_experts, rms_norm
 fp8 static of each expert silu, fp8 static of each expert silu one token:
     triton, rms_norm, mm, route_and_sort_tokens, quantized_gather_gemm, triton, quantized_scatter_gemm,
     weight_and_reduce + rms_norm
 fp8 per tensor silu, fp8 per tensor callable:
     rms_norm, mm, route_and_sort_tokens, quantize_tokens, quantized_gather_gemm, triton, quantize_tokens,
     quantized_scatter_gemm, weight_and_reduce + rms_norm
-fp8 per tensor silu one token:
-    rms_norm, mm, route_and_sort_tokens, quantized_gather_gemm, triton, quantize_tokens,
-    quantized_scatter_gemm, weight_and_reduce + rms_norm
-fp8 per group silu, fp8 per group silu one token, fp8 per group callable:
+fp8 per group silu, fp8 per group callable:
     rms_norm, mm, route_and_sort_tokens, triton, quantized_gather_gemm, triton, quantized_scatter_gemm,
-    weight_and_reduce + rms_norm""",
+    weight_and_reduce + rms_norm
+fp8 per group silu one token:
+    rms_norm, mm, route_tokens, triton, quantized_one_token_experts, rms_norm""",
         )
 
     def test_activations_between_the_gemms(self) -> None:
