@@ -12,17 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import compile_moe
 from compile_moe import FusedMoEQuantConfig
-from compile_moe.ops import quantized_one_token_experts
 from compile_moe.ops.named_activations import program_text
 from tests.support.fake_cuda import GeneratedKernels, cuda_empty, fake_cuda, generated_kernels
-from tests.support.launchers import launch
-from tests.support.oracle import CASES
-from tests.support.quantized import VARIANTS, Variant, assert_as_accurate, make_quantized
-from tests.support.quantized_inputs import stage_inputs
+from tests.support.quantized import Variant, make_quantized
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -203,12 +198,16 @@ def test_the_stages(case: str) -> None:
 
 
 @pytest.mark.parametrize("is_few", [True, False])
-def test_few_rows_of_weights_only(is_few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("variant", "name"), [(INT4, "_ENOUGH_ROWS"), (FP8, "_ENOUGH_ROWS_OF_QUANTIZED")], ids=["int4", "fp8"]
+)
+def test_few_rows_of_weights_only(
+    variant: Variant, name: str, is_few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = TOPK * min(2 * I, K)
     # A module that its op hides.
-    enough = rows + 1 if is_few else rows
-    monkeypatch.setattr(sys.modules[f"compile_moe.ops.{OP}"], "_ENOUGH_ROWS", enough)
-    assert (OP in generate(layer_of()).op_calls) is is_few
+    monkeypatch.setattr(sys.modules[f"compile_moe.ops.{OP}"], name, rows + 1 if is_few else rows)
+    assert (OP in generate(layer_of(variant), lambda: arguments(variant)).op_calls) is is_few
 
 
 def test_dynamic_tokens_take_the_stages() -> None:
@@ -289,107 +288,3 @@ def test_explained() -> None:
     with fake_cuda(), FakeTensorMode(shape_env=ShapeEnv()):
         (kernel,) = compile_moe.explain(layer_of(), *arguments()).kernels
     assert (kernel.name, kernel.epilogue) == (f"compile_moe.{OP}", SILU)
-
-
-@pytest.mark.parametrize("case", ["M1", "odd", "mapped-int32-biased", "skipped", "ungated", "transposed"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_result_of_the_stages(variant: str, case: str) -> None:
-    q = make_quantized(VARIANTS[variant], **CASES[case] | {"M": 1})
-    *given, _ = stage_inputs(q)[OP]
-    expected = compile_moe.fused_experts(*q.args, **q.layer.options, quant_config=q.config())
-    assert torch.equal(quantized_one_token_experts(*given), expected)
-    assert_as_accurate(expected, q)
-
-
-def test_result_of_rounded_weights() -> None:
-    q = make_quantized(INT4, M=1, dtype=torch.bfloat16)
-    given = list(stage_inputs(q)[OP])
-    result = quantized_one_token_experts(*given)
-    given[8], given[-1] = given[8].bfloat16(), False
-    assert torch.equal(result, quantized_one_token_experts(*given))
-
-
-def test_autocast_changes_nothing() -> None:
-    given = stage_inputs(make_quantized(INT4, M=1))[OP]
-    with torch.autocast("cpu", torch.bfloat16):
-        result = quantized_one_token_experts(*given)
-    assert result.dtype is torch.float32 and torch.equal(result, quantized_one_token_experts(*given))
-
-
-def test_one_token_only() -> None:
-    x, scale, *weights, router_weights, ids, scheme, dtype = stage_inputs(make_quantized(INT8))[OP][:12]
-    two = [t.repeat(2, 1) for t in (x, router_weights, ids)]
-    with pytest.raises(ValueError, match=r"must be one token \(1, K\), got \(2, 48\); call fused_experts"):
-        quantized_one_token_experts(two[0], scale, *weights, *two[1:], scheme, dtype)
-
-
-@pytest.mark.parametrize(
-    ("variant", "options"),
-    [
-        (INT4, {}),
-        (NARROW, {"dtype": torch.bfloat16}),
-        (INT8, {"dtype": torch.bfloat16, "transposed": True}),
-        (FP8, {"dtype": torch.bfloat16, "transposed": True}),
-    ],
-    ids=["float32", "narrow groups", "columns", "columns, tokens quantized"],
-)
-def test_what_the_kernels_do_not_take(variant: Variant, options: dict[str, Any]) -> None:
-    q = make_quantized(variant, M=1, K=128, I=128, **options)
-    message = rf"compile_moe::{OP}: got .* {variant.scheme}.* accepted are 16-bit .*; call fused_experts"
-    with pytest.raises(NotImplementedError, match=message):
-        launch(quantized_one_token_experts, *stage_inputs(q)[OP])
-
-
-class Calls(TorchDispatchMode):
-    """Records the arguments of the op's calls by name, but for defaults."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[dict[str, Any]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is quantized_one_token_experts:
-            self.found.append(dict(zip((a.name for a in func._schema.arguments), args, strict=False)))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(
-    ("variant", "settings", "num_calls"),
-    [
-        (INT4, {}, 2),
-        (ZEROS, {"dtype": torch.float16}, 2),
-        (MX, {"activation": "swigluoai"}, 2),
-        *((variant, {}, 2) for variant in TOKENS),
-        (TENSOR, {"static": True}, 0),
-        (INT4, {"activation": lambda gate_up: gate_up.chunk(2, -1)[0].cumsum(-1)}, 0),
-    ],
-    ids=[
-        "int4",
-        "zero points",
-        "mxfp4",
-        *(variant.scheme for variant in TOKENS),
-        "static scales",
-        "callable",
-    ],
-)
-def test_warm_up(variant: Variant, settings: dict[str, Any], num_calls: int) -> None:
-    """It loads what compiled graphs of one token call: with weights to round, and without."""
-    settings = {"dtype": torch.bfloat16, "static": False} | settings
-    dtype, static = settings["dtype"], settings.pop("static")
-    with fake_cuda(), FakeTensorMode(), Calls() as calls:
-        _, w1, w2, _, _, config, options = arguments(
-            variant, dtype=dtype, biased=True, mapped=True, static=static
-        )
-        quant_config = FusedMoEQuantConfig(variant.scheme, **config)
-        compile_moe.warm_up(w1, w2, TOPK, quant_config=quant_config, **options, **settings)
-    assert [call.get("round_weights", False) for call in calls.found] == [False, True][:num_calls]
-    for call in calls.found:
-        x, scheme, epilogue = call["hidden_states"], call["scheme"], call["epilogue"]
-        scaling = variant.made.token_scaling
-        assert (x.shape, x.dtype) == ((1, K), dtype if scaling is None else scaling.dtype)
-        assert (call["hidden_states_scale"] is None) is (scaling is None)
-        assert (call["out_dtype"], call["topk_ids"].shape) == (dtype, (1, TOPK))
-        assert scheme == variant.made.text and epilogue == program_text(settings.get("activation", "silu"))
-        assert all(call[name] is given for name, given in (config | options).items())

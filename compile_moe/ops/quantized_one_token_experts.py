@@ -14,7 +14,8 @@ Args:
     apply_weights: False sums without weighting.
     round_weights: topk_weights are rounded to out_dtype before they are applied.
 
-On CUDA, weights and quantized tokens that start at no multiple of 4 bytes take the stages, which are slower.
+On CUDA, weights and quantized tokens that start at no multiple of 4 bytes take the stages, which are slower, with a
+RuntimeWarning.
 
 Returns:
     (1, K) in out_dtype, contiguous. The rows between the GEMMs are rounded to it, and quantized as tokens are where the
@@ -22,6 +23,8 @@ Returns:
 """
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 from torch import Tensor
@@ -248,9 +251,18 @@ def _launch(
             "a multiple of 16 bytes long, with a scale an expert or a row or, in the tokens' dtype or mxfp4's, for "
             "each 2^n columns from 32 on, or, where tokens are quantized, for each 128; call fused_experts"
         )
-    in_words = (w1, w2) if hidden_states_scale is None else (hidden_states, w1, w2)
-    if any(t.data_ptr() % kernels.WORD for t in in_words):
+    in_words = {"w1": w1, "w2": w2}
+    if hidden_states_scale is not None:
+        in_words["hidden_states"] = hidden_states
+    odd = [name for name, t in in_words.items() if t.data_ptr() % kernels.WORD]
+    if odd:
         # A graph that was compiled for others may bring such.
+        warnings.warn(
+            f"compile_moe::quantized_one_token_experts: {odd[0]} starts at no multiple of {kernels.WORD} bytes, where "
+            "its kernels can't read it: slower ones compute this; give it memory of its own (clone)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         reduced = _torch(
             hidden_states,
             hidden_states_scale,
