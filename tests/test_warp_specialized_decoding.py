@@ -14,7 +14,6 @@ from compile_moe.ops.kernels.quantized import tiles
 from compile_moe.ops.kernels.quantized.tiles import pays_from, tile_choice
 from compile_moe.ops.kernels.tiles import (
     WARP_SPECIALIZED,
-    WARP_SPECIALIZED_FROM,
     WARP_SPECIALIZED_TILES,
     Tile,
 )
@@ -89,8 +88,6 @@ def test_who_can_run_it(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_from_so_many_rows_on(hopper: None) -> None:
     for variant in VARIANTS.values():
         special_from = pays_from(weight_format(variant.made.text))
-        # From where memory for the list of tiles comes with the call.
-        assert min(special_from.values()) >= WARP_SPECIALIZED_FROM
         enough = 4 * min(special_from.values())
         few, many = (candidates(variant, slots=slots) for slots in (enough - 1, enough))
         assert few.tile.block_m == 64 and not few.tile.warp_specialized
@@ -102,7 +99,7 @@ def test_from_so_many_rows_on(hopper: None) -> None:
 #: Scheme, activation, whether biased, dtype, bytes that may be spilled.
 AHEAD_OF_TIME = [
     ("int8_w8a16", "silu", False, torch.float16, 4),
-    ("int4, zero points", "swigluoai", True, torch.bfloat16, 0),
+    ("int4, zero points", "swigluoai", True, torch.bfloat16, 112),
     ("mxfp4_w4a16", "relu2_no_mul", True, torch.bfloat16, 0),
 ]
 
@@ -130,9 +127,7 @@ def test_ahead_of_time(
     )
     for stage, launches in zip(GEMMS, (first, second), strict=True):
         assert [each.kernel.__name__ for each in launches] == ["row_tiles_kernel", KERNELS[stage]]
-        # With 512 threads Triton 3.9 spills up to 12 bytes, 3.6 none.
-        allowed = spills if tile is WARP_SPECIALIZED else max(spills, 12)
-        assert compile_launch(launches[1], 90, allowed).has_wgmma
+        assert compile_launch(launches[1], 90, spills if tile is WARP_SPECIALIZED else 0).has_wgmma
 
 
 @pytest.fixture(params=WARP_SPECIALIZED_TILES, ids=lambda tile: str(tile.block_m))

@@ -21,6 +21,7 @@ def weight_format(scheme: str) -> WeightFormat:
         parsed.decode_16_bits,
         parsed.decode_words,
         parsed.decode_registers,
+        parsed.decode_pairs,
         parsed.powers_of_two,
         parsed.decode_scale,
         parsed.decode_scale_16_bits,

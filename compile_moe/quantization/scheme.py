@@ -60,6 +60,9 @@ class Scheme(ABC):
     #: and of 1 and 3. For the kernels of one token; None leaves it to the others. Where tokens are quantized, it
     #: decodes these as well, to float16 only, which must hold both exactly.
     decode_registers: ClassVar[Any] = None
+    #: The same of words with two neighbouring numbers each, bytes or nibbles, given twice: these two. For many rows on
+    #: Hopper; None leaves those to the others.
+    decode_pairs: ClassVar[Any] = None
     #: Whether scales are powers of two, of float32's range.
     powers_of_two: ClassVar[bool] = False
     #: Triton function from stored scales to float32; those stored as floating point it must leave as they are.

@@ -14,6 +14,7 @@ from compile_moe.ops.kernels.gemm_problem import GemmProblem, gemm_problem
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 from compile_moe.ops.kernels.precision import Precision, accumulate, dot_precision
 from compile_moe.ops.kernels.tiles import (
+    WARP_SPECIALIZED_FROM,
     Tile,
     early_slots,
     grouped_order,
@@ -230,6 +231,7 @@ def gather_gemm(
     zero_skipped: bool,
 ) -> None:
     """Launch into out (S, I), or (S, N) for layout "ungated"; ``epilogue_body`` as ``with_epilogue`` takes it."""
+    special_from = WARP_SPECIALIZED_FROM if w1.element_size() == 2 else None
     launch(
         _plan,
         out,
@@ -243,7 +245,7 @@ def gather_gemm(
         layout,
         zero_skipped,
         dot_precision(out.dtype),
-        row_tiles.scratch_if_needed(sorted_slots, w1.size(0), w1.element_size() == 2),
+        row_tiles.scratch_if_needed(sorted_slots, w1.size(0), special_from),
     )
 
 

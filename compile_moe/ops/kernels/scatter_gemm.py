@@ -13,6 +13,7 @@ from compile_moe.ops.kernels.gemm_problem import GemmProblem, gemm_problem
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 from compile_moe.ops.kernels.precision import Precision, accumulate, dot_precision
 from compile_moe.ops.kernels.tiles import (
+    WARP_SPECIALIZED_FROM,
     Tile,
     grouped_order,
     locate_tile,
@@ -173,6 +174,7 @@ def scatter_gemm(
     zero_skipped: bool,
 ) -> None:
     """Launch into out (S, K), contiguous."""
+    special_from = WARP_SPECIALIZED_FROM if w2.element_size() == 2 else None
     launch(
         _plan,
         out,
@@ -183,7 +185,7 @@ def scatter_gemm(
         bias,
         zero_skipped,
         dot_precision(out.dtype),
-        row_tiles.scratch_if_needed(sorted_slots, w2.size(0), w2.element_size() == 2),
+        row_tiles.scratch_if_needed(sorted_slots, w2.size(0), special_from),
     )
 
 

@@ -16,6 +16,7 @@ from compile_moe.quantization.decoding import unsigned_to_float32
 from compile_moe.quantization.decoding_16_bits import (
     nibble_words_less_8,
     nibbles_less_8,
+    pairs_of_nibbles_less_8,
     registers_of_nibbles_less_8,
 )
 from compile_moe.quantization.integer_groups import dequantize_groups, quantize_groups
@@ -48,6 +49,7 @@ class Int4Weights(Scheme):
     decode_16_bits = nibbles_less_8
     decode_words = nibble_words_less_8
     decode_registers = registers_of_nibbles_less_8
+    decode_pairs = pairs_of_nibbles_less_8
 
     group_size: int = 128
 

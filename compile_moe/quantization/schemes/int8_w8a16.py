@@ -16,6 +16,7 @@ from compile_moe.quantization.decoding import unsigned_to_float32
 from compile_moe.quantization.decoding_16_bits import (
     byte_words_less_128,
     bytes_less_128,
+    pairs_of_bytes_less_128,
     registers_of_bytes_less_128,
 )
 from compile_moe.quantization.integer_groups import dequantize_groups, quantize_groups
@@ -43,6 +44,7 @@ class Int8Weights(Scheme):
     decode_16_bits = bytes_less_128
     decode_words = byte_words_less_128
     decode_registers = registers_of_bytes_less_128
+    decode_pairs = pairs_of_bytes_less_128
 
     group_size: int | None = None
 

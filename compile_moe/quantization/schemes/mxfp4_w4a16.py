@@ -21,6 +21,7 @@ from compile_moe.quantization.decoding_16_bits import (
     e2m1_nibble_words,
     e2m1_nibbles,
     e8m0_numbers,
+    pairs_of_e2m1_nibbles,
     registers_of_e2m1_nibbles,
 )
 from compile_moe.quantization.nibbles import pack_nibbles, unpack_nibbles
@@ -61,6 +62,7 @@ class Mxfp4(Scheme):
     decode_16_bits = e2m1_nibbles
     decode_words = e2m1_nibble_words
     decode_registers = registers_of_e2m1_nibbles
+    decode_pairs = pairs_of_e2m1_nibbles
     powers_of_two = True
     decode_scale = decode_scale
     decode_scale_16_bits = e8m0_numbers

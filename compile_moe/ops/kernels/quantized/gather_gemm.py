@@ -19,7 +19,7 @@ from compile_moe.ops.kernels.quantized import operands
 from compile_moe.ops.kernels.quantized.few_rows import launches as few_rows
 from compile_moe.ops.kernels.quantized.few_rows.gather_gemm import few_rows_gather_gemm_kernel
 from compile_moe.ops.kernels.quantized.multiply import multiply, with_format
-from compile_moe.ops.kernels.quantized.tiles import block_rows, may_be_warp_specialized, tile_choice
+from compile_moe.ops.kernels.quantized.tiles import block_rows, special_from, tile_choice
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
 from compile_moe.ops.kernels.tiles import (
     Tile,
@@ -249,7 +249,7 @@ def quantized_gather_gemm(
         layout,
         zero_skipped,
         dot_precision(hidden_states.dtype),
-        row_tiles.scratch_if_needed(sorted_slots, w1.size(0), may_be_warp_specialized(weight_format, w1)),
+        row_tiles.scratch_if_needed(sorted_slots, w1.size(0), special_from(weight_format, w1)),
     )
 
 

@@ -18,7 +18,7 @@ from compile_moe.ops.kernels.quantized import operands
 from compile_moe.ops.kernels.quantized.few_rows import launches as few_rows
 from compile_moe.ops.kernels.quantized.few_rows.scatter_gemm import few_rows_scatter_gemm_kernel
 from compile_moe.ops.kernels.quantized.multiply import multiply, with_format
-from compile_moe.ops.kernels.quantized.tiles import block_rows, may_be_warp_specialized, tile_choice
+from compile_moe.ops.kernels.quantized.tiles import block_rows, special_from, tile_choice
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
 from compile_moe.ops.kernels.tiles import Tile, grouped_order, locate_tile, max_row_tiles
 from compile_moe.ops.kernels.tuned_tiles import plan_of
@@ -201,7 +201,7 @@ def quantized_scatter_gemm(
         bias,
         zero_skipped,
         dot_precision(intermediate.dtype),
-        row_tiles.scratch_if_needed(sorted_slots, w2.size(0), may_be_warp_specialized(weight_format, w2)),
+        row_tiles.scratch_if_needed(sorted_slots, w2.size(0), special_from(weight_format, w2)),
     )
 
 

@@ -28,13 +28,9 @@ from compile_moe.ops.kernels.warp_specialized import decoding_launches
 from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES
 
 _ROW_TILES = (16, 32, 64, 128)
-#: Rows of an average expert from which the warp-specialized kernels are taken. Both GEMMs with tiles of 64 and rings of
-#: 64, 128 and 256 rows, us, H200, one run. int8, Mixtral, 32, 48, 64, 80, 96, 128, 160 rows an expert: 816, 751, 777,
-#: 951; 820, 741, 771, 951; 1170, 818, 846, 1010; 1334, 858, 874, 1076; 1340, 1303, 906, 1103; 1666, 1508, 964, 1161;
-#: 1900, 1637, 1533, 1296. int4, Qwen3-30B shape, 32, 64, 96, 128, 160: 441, 318, 336, 415; 631, 349, 363, 445; 830,
-#: 495, 397, 484; 1007, 623, 434, 522; 1206, 674, 571, 576; at 32 others took 316. mxfp4, gpt-oss, 32, 64, 96, 128:
-#: 1706, 1575, 1631, 2099; 2355, 1687, 1730, 2198; 3194, 2375, 1885, 2345; 3876, 3129, 2000, 2505.
-DECODING_PAYS_FROM = {WARP_SPECIALIZED_64: 48, WARP_SPECIALIZED_128: 84, WARP_SPECIALIZED: 148}
+#: Rows of an average expert from which the warp-specialized kernels are taken; what each ring took: PERFORMANCE.md,
+#: "Many rows on weights that are decoded". Up to 32 rows those of few_rows are faster at most shapes.
+DECODING_PAYS_FROM = {WARP_SPECIALIZED_64: 33, WARP_SPECIALIZED_128: 76, WARP_SPECIALIZED: 136}
 #: Of float8: both GEMMs with rings of 256, 128 and 64 rows and tiles of 64, us, H200, one run. Qwen3-30B shape, scales
 #: of rows, 48, 64, 80, 96, 128 rows an expert: 206, 198, 189, 207; 218, 208, 202, 244; 232, 224, 211, 294; 241, 232,
 #: 247, 302; 287, 266, 295, 357; of blocks: 263, 232, 232, 210; 296, 262, 264, 265; 318, 284, 289, 334; 318, 290, 359,
@@ -85,6 +81,11 @@ def may_be_warp_specialized(weight_format: WeightFormat, w: Tensor) -> bool:
         return True
     is_step = weight_format.group in (0, STEP_BYTES.value)
     return weight_format.scales_sums and is_step and w.dtype is torch.float8_e4m3fn
+
+
+def special_from(weight_format: WeightFormat, w: Tensor) -> int | None:
+    """Rows of an average expert from which warp-specialized kernels may be taken; None: never."""
+    return min(pays_from(weight_format).values()) if may_be_warp_specialized(weight_format, w) else None
 
 
 def block_rows(weight_format: WeightFormat) -> int:

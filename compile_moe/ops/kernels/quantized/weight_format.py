@@ -15,7 +15,8 @@ class WeightFormat(NamedTuple):
         weights as they are stored, by tokens of their dtype, but at one token, which decodes both to float16.
     decode_16_bits: stored bytes to float16 or bfloat16, two at a time; None where there is none.
     decode_words: the same of four bytes at a time, of which it returns those of bytes 0, 2, 1, 3. decode_registers: of
-        words, each given twice: numbers of bytes 0 and 2, and of 1 and 3.
+        words, each given twice: numbers of bytes 0 and 2, and of 1 and 3. decode_pairs: of words that hold two
+        numbers, each given twice: these.
     powers_of_two: what scales are.
     decode_scale: stored scales to float32. decode_scale_16_bits: to float16 or bfloat16; None for those stored so.
     packed: weights a stored element holds, along K. packed_zeros: rows whose zero points share an element.
@@ -26,6 +27,7 @@ class WeightFormat(NamedTuple):
     decode_16_bits: Any
     decode_words: Any
     decode_registers: Any
+    decode_pairs: Any
     powers_of_two: bool
     decode_scale: Any
     decode_scale_16_bits: Any
@@ -62,6 +64,12 @@ def decode_words(codes, DTYPE: tl.constexpr):
 def decode_registers(words, DTYPE: tl.constexpr):
     """Placeholder for a scheme's ``decode_registers``."""
     return words.to(DTYPE), words.to(DTYPE)
+
+
+@triton.jit
+def decode_pairs(words, DTYPE: tl.constexpr):
+    """Placeholder for a scheme's ``decode_pairs``."""
+    return words.to(DTYPE)
 
 
 @triton.jit

@@ -12,8 +12,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from compile_moe.ops.kernels.warp_specialized.compat import view, warps_barrier
+from compile_moe.ops.kernels.warp_specialized.decoding_products import multiply_decoded
 from compile_moe.ops.kernels.warp_specialized.ring import find_tile, next_stage
 from compile_moe.ops.kernels.warp_specialized.store import halves, row_slots, store_chunk
+from compile_moe.ops.kernels.warp_specialized.weight_rows import weight_rows
 
 
 @gluon.jit
@@ -30,6 +32,7 @@ def consume_tile(
     bias_ptr,
     stride_bn,
     row_scales,
+    stored,
     expert,
     out_ptr,
     slots_ptr,
@@ -52,6 +55,10 @@ def consume_tile(
     GATHER: gl.constexpr,
     TRANSPOSED: gl.constexpr,
     HAS_ROW_SCALE: gl.constexpr,
+    PACKED: gl.constexpr,
+    GROUP: gl.constexpr,
+    HAS_ZERO: gl.constexpr,
+    PACKED_ZEROS: gl.constexpr,
 ):
     """One consumer's 64 weight rows times MAIN + TAIL tokens of a tile; then where the next tile is."""
     x_layout: gl.constexpr = x_smem.layout
@@ -60,27 +67,33 @@ def consume_tile(
     tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
     acc = gl.zeros([64, MAIN], gl.float32, main_layout)
     tail = gl.zeros([64, 32], gl.float32, tail_layout)
-    for k in range(num_k):
-        mbarrier.wait(full.index(stage), phase)
-        if GATHER:
-            # cp.async wrote x through the generic proxy.
-            fence_async_shared()
-        w = w_smem.index(2 * stage + WHICH)
-        if TRANSPOSED:
-            w = w.permute((1, 0))
-        x = view(x_smem, [STAGES * (ROWS // MAIN), MAIN, 64], x_layout).index(stage * (ROWS // MAIN))
-        acc = warpgroup_mma(w, x.permute((1, 0)), acc, is_async=True)
-        if TAIL:
-            tail = warpgroup_mma(w, tail_smem.index(stage).permute((1, 0)), tail, is_async=True)
-            acc, tail = warpgroup_mma_wait(2, deps=(acc, tail))
-        else:
-            acc = warpgroup_mma_wait(1, deps=(acc,))
-        if k > 0:
-            # The previous stage's products are done in each warp.
-            warps_barrier()
-            # Not a variable carried from the iteration before: Triton doesn't see that ``last = stage`` changes.
-            mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1)
-        stage, phase = next_stage(stage, phase, STAGES)
+    if PACKED > 0:
+        acc, tail, w, stage, phase = multiply_decoded(
+            w_smem, x_smem, tail_smem, full, empty, stage, phase, num_k, acc, tail, stored, expert, column8, columns8,
+            WHICH, STAGES, EPILOGUE, INTERLEAVED, GATHER, TAIL, PACKED, GROUP, HAS_ZERO, PACKED_ZEROS,
+        )  # fmt: skip
+    else:
+        for k in range(num_k):
+            mbarrier.wait(full.index(stage), phase)
+            if GATHER:
+                # cp.async wrote x through the generic proxy.
+                fence_async_shared()
+            w = w_smem.index(2 * stage + WHICH)
+            if TRANSPOSED:
+                w = w.permute((1, 0))
+            x = view(x_smem, [STAGES * (ROWS // MAIN), MAIN, 64], x_layout).index(stage * (ROWS // MAIN))
+            acc = warpgroup_mma(w, x.permute((1, 0)), acc, is_async=True)
+            if TAIL:
+                tail = warpgroup_mma(w, tail_smem.index(stage).permute((1, 0)), tail, is_async=True)
+                acc, tail = warpgroup_mma_wait(2, deps=(acc, tail))
+            else:
+                acc = warpgroup_mma_wait(1, deps=(acc,))
+            if k > 0:
+                # The previous stage's products are done in each warp.
+                warps_barrier()
+                # Not a variable carried from the iteration before: Triton doesn't see that ``last = stage`` changes.
+                mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1)
+            stage, phase = next_stage(stage, phase, STAGES)
     # Loads that the last products hide.
     e1, f1, r1, n1 = find_tile(tiles_ptr, next_tile, num_row_tiles, num_n)
     bias = load_bias(bias_ptr, stride_bn, column8, columns8, EPILOGUE, HAS_BIAS, INTERLEAVED)
@@ -95,7 +108,10 @@ def consume_tile(
         s3 = row_slots(slots_ptr, first + 192, rows - 192, num_slots, 64, EPILOGUE)
     if TAIL:
         st = row_slots(slots_ptr, first + MAIN, rows - MAIN, num_slots, 32, EPILOGUE)
-    if TAIL:
+    if PACKED > 0:
+        # Registers of products under way, which must not change before.
+        acc, tail, _ = warpgroup_mma_wait(0, deps=(acc, tail, w))
+    elif TAIL:
         acc, tail = warpgroup_mma_wait(0, deps=(acc, tail))
     else:
         acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -138,33 +154,6 @@ def is_kind(rows, KIND: gl.constexpr):
         return rows <= MAIN
     else:
         return (rows > MAIN // 2 + 32) & (rows <= MAIN)
-
-
-@gluon.jit
-def weight_rows(
-    column8,
-    columns8,
-    EPILOGUE: gl.constexpr,
-    INTERLEAVED: gl.constexpr,
-    layout: gl.constexpr,
-    ROWS: gl.constexpr = 64,
-):
-    """Rows of an expert's weights that a consumer multiplies (or both: 128), and whether there are such."""
-    m = gl.arange(0, ROWS, layout=layout)
-    if EPILOGUE == "gated":
-        column = column8 * 8 + m // 16 * 8 + m % 8
-        mask = column < columns8 * 8
-        if INTERLEAVED:
-            column = 2 * column + m // 8 % 2
-        else:
-            column = column + m // 8 % 2 * (columns8 * 8)
-    elif EPILOGUE == "pairs":
-        column = 2 * column8 * 8 + m
-        mask = column < 2 * columns8 * 8
-    else:
-        column = column8 * 8 + m
-        mask = column < columns8 * 8
-    return column, mask
 
 
 @gluon.jit
@@ -223,6 +212,7 @@ def consumer(
     stride_be,
     stride_bn,
     row_scales,  # of weights, and the strides of experts and rows; read where HAS_ROW_SCALE
+    stored,  # of weights that are decoded: scales and zero points, as group_ptrs takes them, and how many groups
     WHICH: gl.constexpr,
     STAGES: gl.constexpr,
     EPILOGUE: gl.constexpr,
@@ -231,8 +221,17 @@ def consumer(
     GATHER: gl.constexpr,
     TRANSPOSED: gl.constexpr,
     HAS_ROW_SCALE: gl.constexpr,
+    PACKED: gl.constexpr = 0,
+    GROUP: gl.constexpr = 0,
+    HAS_ZERO: gl.constexpr = False,
+    PACKED_ZEROS: gl.constexpr = 1,
 ):
-    """Every tile of this program: columns 64 (of gate and up together, where gated) for each consumer."""
+    """Every tile of this program: columns 64 (of gate and up together, where gated) for each consumer.
+
+    Args:
+        PACKED: weights that an element of the ring holds, which are decoded; 0 for those multiplied as they are.
+        GROUP: columns that share a scale; 0 where rows have one, or none.
+    """
     num_row_tiles = gl.load(tiles_ptr)
     num_tiles = num_row_tiles * num_n
     stage = 0
@@ -252,8 +251,8 @@ def consumer(
             if is_kind(rows, i):
                 stage, phase, e1, f1, r1, n1 = consume_tile(
                     w_smem, x_smem, tail_smem, result_smem, full, empty, stage, phase, num_k,
-                    biases, stride_bn, row_scales, expert, out_ptr, slots_ptr, first, rows, num_slots,
+                    biases, stride_bn, row_scales, stored, expert, out_ptr, slots_ptr, first, rows, num_slots,
                     column8, columns8, tiles_ptr, tile + step, num_row_tiles, num_n,
                     WHICH, 64 << (i // 2), i % 2 == 1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, GATHER, TRANSPOSED,
-                    HAS_ROW_SCALE,
+                    HAS_ROW_SCALE, PACKED, GROUP, HAS_ZERO, PACKED_ZEROS,
                 )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 from torch import Tensor
@@ -16,7 +16,8 @@ from compile_moe.ops.kernels.quantized import operands
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat, decode_scale_16_bits
 from compile_moe.ops.kernels.tiles import Tile, row_stride
 from compile_moe.ops.kernels.warp_specialized import consumer as consumers
-from compile_moe.ops.kernels.warp_specialized import decode_weights, decoding_producers, row_tiles
+from compile_moe.ops.kernels.warp_specialized import decode_weights, decoding_products, row_tiles
+from compile_moe.ops.kernels.warp_specialized.decode_weights import COLUMNS
 from compile_moe.ops.kernels.warp_specialized.decoding_gemms import (
     decoding_gather_gemm_kernel,
     decoding_scatter_gemm_kernel,
@@ -28,31 +29,11 @@ from compile_moe.ops.kernels.warp_specialized.descriptors import (
     rows,
 )
 from compile_moe.ops.kernels.warp_specialized.gather_gemm import with_epilogue
-from compile_moe.ops.kernels.warp_specialized.stored_weights import COLUMNS
 
-
-class Ring(NamedTuple):
-    """By rows of tokens in a stage.
-
-    stages: of the ring; slots: of a decoder's ring of stored weights, by how many share a byte: what shared memory has
-    room for.
-    decoders: warpgroups that decode, which take the steps in turn.
-    gather, scatter: registers of a thread of the consumers and of those, by GEMM.
-    """
-
-    stages: int
-    slots: dict[int, int]
-    decoders: int
-    gather: tuple[int, int]
-    scatter: tuple[int, int]
-
-
-#: With two decoders the assembler has 128 registers for a thread, which products of 256 tokens exceed.
-RINGS = {
-    256: Ring(3, {1: 6, 2: 8}, 1, (192, 128), (208, 96)),
-    128: Ring(4, {1: 3, 2: 4}, 2, (128, 128), (128, 128)),
-    64: Ring(5, {1: 3, 2: 4}, 2, (128, 128), (128, 128)),
-}
+#: By rows of tokens in a stage: what shared memory has room for, with weights of a byte.
+STAGES = {256: 4, 128: 7, 64: 9}
+#: Of a thread of the consumers and of the producer.
+GATHER_REGISTERS, SCATTER_REGISTERS = (208, 88), (216, 72)
 _SMALLEST_GROUP = 32
 
 
@@ -62,7 +43,7 @@ def serve(weight_format: WeightFormat, x: Tensor, w: Tensor, w_scale: Tensor, ou
     steps.
     """
     group, columns = weight_format.group, COLUMNS.value
-    if not operands.decodes_rows(weight_format, x, w, w_scale):
+    if weight_format.decode_pairs is None or not operands.decodes_rows(weight_format, x, w, w_scale):
         return False
     if group and (group < _SMALLEST_GROUP or (columns % group and group % columns)):
         return False
@@ -75,16 +56,18 @@ def serve(weight_format: WeightFormat, x: Tensor, w: Tensor, w_scale: Tensor, ou
 
 
 @functools.cache
-def with_format(kernel: Callable[..., None], weight_format: WeightFormat) -> Callable[..., None]:
-    """``kernel``, undecorated, whose producer has the functions of a scheme."""
-    replaced: dict[str, Any] = {
+def with_format(kernel: Callable[..., None], weight_format: WeightFormat, epilogue_body: str) -> Any:
+    """``kernel``, undecorated, whose consumers have the functions of a scheme and an epilogue."""
+    formulas = {
         "decode": weight_format.decode,
-        "decode_16_bits": weight_format.decode_16_bits,
+        "decode_pairs": weight_format.decode_pairs,
         "decode_scale_16_bits": weight_format.decode_scale_16_bits or decode_scale_16_bits,
     }
-    for module, name in ((decode_weights, "decode_step"), (decoding_producers, "decoding_producer")):
-        replaced[name] = jit(with_globals(getattr(module, name).fn, replaced))
-    return with_globals(kernel, replaced)
+    decoded = {"decoded": jit(with_globals(decode_weights.decoded.fn, formulas))}
+    others = (("multiply_decoded", jit(with_globals(decoding_products.multiply_decoded.fn, decoded))),)
+    return with_epilogue(
+        kernel, ((consumers, "consume_tile"), (consumers, "consumer")), epilogue_body, others
+    )
 
 
 def gather_launches_for(
@@ -132,11 +115,9 @@ def gather_launches_for(
         "EPILOGUE": "gated" if gated else "ungated",
         "INTERLEAVED": layout == "interleaved",
         "EVEN_K": depth % COLUMNS.value == 0,
-        **_constants(tile, weight_format, bias, w1_zp, RINGS[tile.block_m].gather),
+        **_constants(tile, weight_format, bias, w1_zp, GATHER_REGISTERS),
     }
-    functions = (consumers, "consume_tile"), (consumers, "consumer")
-    kernel = with_format(decoding_gather_gemm_kernel, weight_format)
-    kernel = with_epilogue(kernel, functions, epilogue_body)
+    kernel = with_format(decoding_gather_gemm_kernel, weight_format, epilogue_body)
     return (
         row_tiles.launch_for(tile.block_m, tiles, expert_offsets, num_slots, w1.size(0)),
         Launch(kernel, (num_programs(out.device.index),), args, options),
@@ -177,11 +158,11 @@ def scatter_launches_for(
         *((0, 0) if bias is None else bias.stride()),
         *operands.group_strides(w2_scale, w2_zp),
     )
-    options = _constants(tile, weight_format, bias, w2_zp, RINGS[tile.block_m].scatter)
-    kernel = with_format(decoding_scatter_gemm_kernel, weight_format)
+    options = _constants(tile, weight_format, bias, w2_zp, SCATTER_REGISTERS)
+    kernel = with_format(decoding_scatter_gemm_kernel, weight_format, "")
     return (
         row_tiles.launch_for(tile.block_m, tiles, expert_offsets, num_slots, w2.size(0)),
-        Launch(with_epilogue(kernel, (), ""), (num_programs(out.device.index),), args, options),
+        Launch(kernel, (num_programs(out.device.index),), args, options),
     )
 
 
@@ -192,7 +173,6 @@ def _constants(
     zero_points: Tensor | None,
     registers: tuple[int, int],
 ) -> dict[str, Any]:
-    ring = RINGS[tile.block_m]
     return {
         "HAS_BIAS": bias is not None,
         "HAS_ZERO": zero_points is not None,
@@ -200,9 +180,7 @@ def _constants(
         "PACKED": weight_format.packed,
         "PACKED_ZEROS": weight_format.packed_zeros,
         "ROWS": tile.block_m,
-        "STAGES": ring.stages,
-        "SLOTS": ring.slots[weight_format.packed],
-        "DECODERS": ring.decoders,
+        "STAGES": STAGES[tile.block_m],
         "REGISTERS": registers[0],
         "PRODUCER_REGISTERS": registers[1],
         "num_warps": 4,

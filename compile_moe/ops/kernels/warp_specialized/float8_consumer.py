@@ -16,11 +16,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from compile_moe.ops.kernels.warp_specialized.compat import view, warps_barrier
-from compile_moe.ops.kernels.warp_specialized.consumer import is_kind, load_bias, weight_rows
+from compile_moe.ops.kernels.warp_specialized.consumer import is_kind, load_bias
 from compile_moe.ops.kernels.warp_specialized.float8_groups import chunk_of, consume_group_tile, step_sums
 from compile_moe.ops.kernels.warp_specialized.ring import find_tile, next_stage
 from compile_moe.ops.kernels.warp_specialized.row_scales import copy_row_scales, scaled
 from compile_moe.ops.kernels.warp_specialized.store import row_slots, store_chunk
+from compile_moe.ops.kernels.warp_specialized.weight_rows import weight_rows
 
 
 @gluon.jit

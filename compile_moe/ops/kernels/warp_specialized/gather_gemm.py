@@ -74,7 +74,7 @@ def gather_gemm_kernel(
                 consumer,
                 (
                     w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
-                    num_slots, num_n, num_k, columns8, stride_be, stride_bn, (),
+                    num_slots, num_n, num_k, columns8, stride_be, stride_bn, (), (),
                     0, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, TRANSPOSED, False,
                 ),
             ),
@@ -82,7 +82,7 @@ def gather_gemm_kernel(
                 consumer,
                 (
                     w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
-                    num_slots, num_n, num_k, columns8, stride_be, stride_bn, (),
+                    num_slots, num_n, num_k, columns8, stride_be, stride_bn, (), (),
                     1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, TRANSPOSED, False,
                 ),
             ),
@@ -100,15 +100,23 @@ def gather_gemm_kernel(
 
 
 @functools.cache
-def with_epilogue(kernel: Any, functions: tuple[tuple[ModuleType, str], ...], body: str) -> Any:
+def with_epilogue(
+    kernel: Any,
+    functions: tuple[tuple[ModuleType, str], ...],
+    body: str,
+    others: tuple[tuple[str, Any], ...] = (),
+) -> Any:
     """A kernel, of which every function from ``store.finish`` up calls the epilogue with ``body``.
 
     An empty body leaves the placeholder: the gate passes through.
 
     Args:
         functions: those behind the ones of ``store``, as modules and names, callees first.
+        others: what else they call, by name.
     """
-    replaced: dict[str, Any] = {"epilogue": build_epilogue(body)} if body else {}
+    replaced: dict[str, Any] = dict(others)
+    if body:
+        replaced["epilogue"] = build_epilogue(body)
     stores = tuple((store, name) for name in ("finish", "store_pairs", "store_chunk"))
     for module, name in (*stores, *functions):
         replaced[name] = jit(with_globals(getattr(module, name).fn, replaced))

@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 
 from compile_moe.ops.kernels.warp_specialized.compat import copy_rows, view
 from compile_moe.ops.kernels.warp_specialized.producers import load_weights, tail_start
-from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES, find_tile, next_stage
+from compile_moe.ops.kernels.warp_specialized.ring import find_tile, next_stage
 from compile_moe.ops.kernels.warp_specialized.scale_ring import (
     copy_step_scales,
     token_scale_ptrs,
@@ -130,6 +130,7 @@ def producer_gather(
     num_row_tiles = gl.load(tiles_ptr)
     num_tiles = num_row_tiles * num_n
     STEP: gl.constexpr = x_smem.shape[2]
+    W_BYTES: gl.constexpr = 128 * w_smem.shape[2] * w_smem.dtype.primitive_bitwidth // 8
     # 16 bytes a thread.
     layout: gl.constexpr = gl.BlockedLayout([1, STEP // 8], [4, 8], [4, 1], [1, 0])
     stage = 0
@@ -157,8 +158,8 @@ def producer_gather(
         for k in range(num_k):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             bar = full.index(stage)
-            mbarrier.expect(bar, 128 * STEP_BYTES)
-            load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * STEP, EPILOGUE, STAGES)
+            mbarrier.expect(bar, W_BYTES)
+            load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * w_smem.shape[2], EPILOGUE, STAGES)
             gather_rows(
                 x_smem, tail_smem, stage, x_ptr + k * STEP, offsets, rows, depth16, k,
                 STAGES, EVEN_K, layout,

@@ -19,15 +19,21 @@ def allocate(
     FULL_COUNT: gl.constexpr,
     RESULT_ROWS: gl.constexpr = 64,
     ROWS: gl.constexpr = 256,
+    STORED_BYTES: gl.constexpr = 0,
 ):
     """Weights, tokens in boxes of 32, tails, space to transpose results in, and barriers; of each stage but one.
 
     Args:
         ROWS: of tokens in a stage, without the tail: 64, 128 or 256.
+        STORED_BYTES: of each weight row in a stage, where weights are decoded; otherwise they are in dtype.
     """
     layout: gl.constexpr = gl.NVMMASharedLayout(128, dtype.primitive_bitwidth, 2)
     STEP: gl.constexpr = STEP_BYTES * 8 // dtype.primitive_bitwidth
-    w_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, STEP], layout)
+    if STORED_BYTES > 0:
+        w_layout: gl.constexpr = gl.NVMMASharedLayout(STORED_BYTES, 8, 2)
+        w_smem = gl.allocate_shared_memory(gl.uint8, [2 * STAGES, 64, STORED_BYTES], w_layout)
+    else:
+        w_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, STEP], layout)
     x_smem = gl.allocate_shared_memory(dtype, [ROWS // 32 * STAGES, 32, STEP], layout)
     tail_smem = gl.allocate_shared_memory(dtype, [STAGES, 32, STEP], layout)
     result_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)

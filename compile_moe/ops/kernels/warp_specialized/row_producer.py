@@ -80,7 +80,7 @@ def fill(
     w_desc, x_desc, x256_desc = descriptors
     expert, first, rows, tile_n, has_tail = tile
     STEP: gl.constexpr = x_smem.shape[2]
-    W_BYTES: gl.constexpr = 128 * STEP_BYTES
+    W_BYTES: gl.constexpr = 128 * w_smem.shape[2] * w_smem.dtype.primitive_bitwidth // 8
     for k in range(num_k):
         mbarrier.wait(empty.index(stage), phase ^ 1)
         bar = full.index(stage)
@@ -90,7 +90,7 @@ def fill(
             )
         else:
             copy_few_rows(x_desc, x_smem, tail_smem, bar, stage, first, rows, k * STEP, W_BYTES)
-        load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * STEP, EPILOGUE, STAGES)
+        load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * w_smem.shape[2], EPILOGUE, STAGES)
         if BLOCK_ROWS:
             ptrs, w_ptrs = scale_ptrs
             copy_step_scales(scales, stage, k, ptrs, w_ptrs, has_tail)

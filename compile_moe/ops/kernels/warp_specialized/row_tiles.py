@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compile_moe.ops.kernels.launch import Launch
-from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED_FROM, device_limits
+from compile_moe.ops.kernels.tiles import device_limits
 
 ROWS = 256  # of a tile, unless the ring has room for fewer: down to FEWEST_ROWS
 FEWEST_ROWS = 64
@@ -85,10 +85,11 @@ def scratch(sorted_slots: Tensor, num_experts: int) -> Tensor:
     return sorted_slots.new_empty(FIELDS * (most + 1))
 
 
-def scratch_if_needed(sorted_slots: Tensor, num_experts: int, has_kernels: bool) -> Tensor | None:
-    """Memory for the list where the kernels may be chosen, if there are such for the weights."""
-    many = sorted_slots.size(0) >= WARP_SPECIALIZED_FROM * num_experts
-    if many and has_kernels and device_limits(sorted_slots.device.index).warp_specialized:
+def scratch_if_needed(sorted_slots: Tensor, num_experts: int, rows: int | None) -> Tensor | None:
+    """Memory for the list where the kernels may be chosen: from so many rows of an average expert on, if at all."""
+    if rows is None or sorted_slots.size(0) < rows * num_experts:
+        return None
+    if device_limits(sorted_slots.device.index).warp_specialized:
         return scratch(sorted_slots, num_experts)
     return None
 

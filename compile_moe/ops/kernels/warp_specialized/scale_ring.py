@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from compile_moe.ops.kernels.warp_specialized.compat import copy_rows
-from compile_moe.ops.kernels.warp_specialized.consumer import weight_rows
+from compile_moe.ops.kernels.warp_specialized.weight_rows import weight_rows
 
 # Of what a warpgroup copies, an element a thread.
 COPIES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
