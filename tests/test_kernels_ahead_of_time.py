@@ -165,20 +165,22 @@ FLOAT8 = {
     "interleaved-biased, scale of a tensor": (2880, 2880, "swigluoai", True, "tensor"),
     # With a bias, and interleaved, fewer bytes are spilled.
     "blocks": (2048, 768, "silu", False, "block"),
+    "int8": (2048, 768, "silu", False, "row"),
+    "int8, interleaved-biased": (2880, 2880, "swigluoai", True, "row"),
 }
 
 
 @pytest.mark.parametrize(
     "case, tile",
     [(case, WARP_SPECIALIZED) for case in FLOAT8]
-    + [("blocks", WARP_SPECIALIZED_64), ("plain", WARP_SPECIALIZED_128)],
+    + [("blocks", WARP_SPECIALIZED_64), ("plain", WARP_SPECIALIZED_128), ("int8", WARP_SPECIALIZED_64)],
 )
 def test_warp_specialized_float8(case: str, tile: Tile) -> None:
     k, i, activation, biased, scaled = FLOAT8[case]
     program = parse(program_text(activation))
     n, e, topk, m = 2 * i if program.gated else i, 8, 2, 512
     x, w1, w2, rows = (
-        torch.empty(shape, dtype=torch.float8_e4m3fn)
+        torch.empty(shape, dtype=torch.int8 if case.startswith("int8") else torch.float8_e4m3fn)
         for shape in ((m, k), (e, n, k), (e, k, i), (m * topk, i))
     )
     between, out = (torch.empty(m * topk, columns, dtype=torch.bfloat16) for columns in (i, k))

@@ -30,6 +30,7 @@ from tests.support.warp_specialized import (
 )
 
 PER_ROW, PER_TENSOR = Variant("fp8_w8a8_channel"), Variant("fp8_w8a8_tensor")
+INT8 = Variant("int8_w8a8_channel")
 
 
 def per_block(*shape: int) -> Variant:
@@ -71,12 +72,12 @@ def test_who_can_run_it(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
         return last(*args, **options) in WARP_SPECIALIZED_TILES
 
     assert special("fp8_w8a8_channel") and special("fp8_w8a8_tensor")
+    assert special("int8_w8a8_channel", dtype=torch.int8)
     assert special("fp8_w8a8_channel", k=272, n=136)
     assert not special("fp8_w8a8_channel", k=264) and not special("fp8_w8a8_channel", n=132)
     assert special("fp8_w8a8_block") and special("fp8_w8a8_block", block_shape=(48, 128))
     assert not special("fp8_w8a8_block", block_shape=(128, 64))
     assert not special("fp8_w8a8_block", block_shape=(128, 256))
-    assert not special("int8_w8a8_channel", dtype=torch.int8)
     monkeypatch.setattr(tiles, "device_limits", lambda index: HOPPER._replace(warp_specialized=False))
     assert not special("fp8_w8a8_channel")
 
@@ -142,7 +143,7 @@ def always(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @on_hopper
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", [PER_ROW, PER_BLOCK], ids=["row", "block"])
+@pytest.mark.parametrize("variant", [PER_ROW, PER_BLOCK, INT8], ids=["row", "block", "int8"])
 @pytest.mark.parametrize("case", FLOAT8_LAYERS)
 def test_layer(case: str, variant: Variant, always: None) -> None:
     assert_runs_right(make_quantized(variant, **FLOAT8_LAYERS[case], dtype=torch.bfloat16), GEMM_KERNELS)
@@ -168,7 +169,7 @@ def test_scales_of_tensors(static: str, always: None) -> None:
 
 @on_hopper
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", [PER_ROW, PER_BLOCK], ids=["row", "block"])
+@pytest.mark.parametrize("variant", [PER_ROW, PER_BLOCK, INT8], ids=["row", "block", "int8"])
 def test_replays_with_other_routing(variant: Variant, always: None) -> None:
     q = make_quantized(variant, M=1024, K=256, I=128, E=8, dtype=torch.bfloat16)
     assert_right_with_other_routing(q)

@@ -74,13 +74,14 @@ def can_be_warp_specialized(
 
 
 def may_be_warp_specialized(weight_format: WeightFormat, w: Tensor) -> bool:
-    """Whether there are warp-specialized kernels of a scheme: 8-bit floating point, scales of whole rows or a step; or
-    weights that are decoded, as far as the scheme goes.
+    """Whether there are warp-specialized kernels of a scheme: 8 bits with scales of whole rows, or of a step in
+    floating point; or weights that are decoded, as far as the scheme goes.
     """
     if weight_format.decode_16_bits is not None:
         return True
     is_step = weight_format.group in (0, STEP_BYTES.value)
-    return weight_format.scales_sums and is_step and w.dtype is torch.float8_e4m3fn
+    has_kernels = w.dtype is torch.float8_e4m3fn or (w.dtype is torch.int8 and not weight_format.group)
+    return weight_format.scales_sums and is_step and has_kernels
 
 
 def special_from(weight_format: WeightFormat, w: Tensor) -> int | None:

@@ -1,7 +1,7 @@
 """Consumers of 8-bit floating point: sums of each step added outside the tensor cores, scales, then as the others do.
 
 Hopper's tensor cores add products of such numbers with 14 bits only. So what they sum up is one step of the ring (128
-products), and float32 adds the steps.
+products), and float32 adds the steps. Of int8, with scales of whole rows alone, sums are integers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from compile_moe.ops.kernels.warp_specialized.compat import view, warps_barrier
 from compile_moe.ops.kernels.warp_specialized.consumer import is_kind, load_bias
-from compile_moe.ops.kernels.warp_specialized.float8_groups import chunk_of, consume_group_tile, step_sums
+from compile_moe.ops.kernels.warp_specialized.float8_groups import (
+    add_products,
+    chunk_of,
+    consume_group_tile,
+    step_sums,
+)
 from compile_moe.ops.kernels.warp_specialized.ring import find_tile, next_stage
 from compile_moe.ops.kernels.warp_specialized.row_scales import copy_row_scales, scaled
 from compile_moe.ops.kernels.warp_specialized.store import row_slots, store_chunk
@@ -47,8 +52,8 @@ def store_scaled_chunk(
 ):
     if rows > 0:
         slot = row_slots(slots_ptr, first, rows, num_slots, T, EPILOGUE)
-        acc = scaled(acc, w_scale, scales_smem, x_scale_ptr, stride_xsm, first, rows, T, GATHER)
-        store_chunk(acc, bias, result_smem, out_ptr, slot, rows, column8, columns8, EPILOGUE, HAS_BIAS, T)
+        y = scaled(acc, w_scale, scales_smem, x_scale_ptr, stride_xsm, first, rows, T, GATHER)
+        store_chunk(y, bias, result_smem, out_ptr, slot, rows, column8, columns8, EPILOGUE, HAS_BIAS, T)
 
 
 @gluon.jit
@@ -92,19 +97,20 @@ def consume_float8_tile(
     STEP: gl.constexpr = x_smem.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 32])
     tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 32])
-    acc0 = gl.zeros([64, PART], gl.float32, layout)
+    SUM: gl.constexpr = gl.int32 if w_smem.dtype == gl.int8 else gl.float32
+    acc0 = gl.zeros([64, PART], SUM, layout)
     if PARTS > 1:
-        acc1 = gl.zeros([64, PART], gl.float32, layout)
+        acc1 = gl.zeros([64, PART], SUM, layout)
     else:
         acc1 = 0
     if PARTS > 2:
-        acc2 = gl.zeros([64, PART], gl.float32, layout)
-        acc3 = gl.zeros([64, PART], gl.float32, layout)
+        acc2 = gl.zeros([64, PART], SUM, layout)
+        acc3 = gl.zeros([64, PART], SUM, layout)
     else:
         acc2 = 0
         acc3 = 0
     if TAIL:
-        tail = gl.zeros([64, 32], gl.float32, tail_layout)
+        tail = gl.zeros([64, 32], SUM, tail_layout)
     else:
         tail = 0
     # Copies that the products hide.
@@ -135,32 +141,51 @@ def consume_float8_tile(
             fence_async_shared()
         w = w_smem.index(2 * stage + WHICH)
         box = stage * (ROWS // PART)
-        sums = step_sums(w, boxes.index(box), PART, layout)
-        if PARTS > 1:
-            acc0 += warpgroup_mma_wait(0, deps=(sums,))
-            sums = step_sums(w, boxes.index(box + 1), PART, layout)
-        if PARTS > 2:
-            acc1 += warpgroup_mma_wait(0, deps=(sums,))
-            sums = step_sums(w, boxes.index(box + 2), PART, layout)
-            acc2 += warpgroup_mma_wait(0, deps=(sums,))
-            sums = step_sums(w, boxes.index(box + 3), PART, layout)
-        if TAIL and PARTS > 2:
-            # After the others: both at once don't fit the registers.
-            acc3 += warpgroup_mma_wait(0, deps=(sums,))
-            tail_sums = step_sums(w, tail_smem.index(stage), 32, tail_layout)
-            tail += warpgroup_mma_wait(0, deps=(tail_sums,))
-        elif TAIL:
-            tail_sums = step_sums(w, tail_smem.index(stage), 32, tail_layout)
-            sums, tail_sums = warpgroup_mma_wait(0, deps=(sums, tail_sums))
-            tail += tail_sums
+        if SUM == gl.int32:
+            acc0 = add_products(w, boxes.index(box), acc0)
+            if PARTS > 1:
+                acc1 = add_products(w, boxes.index(box + 1), acc1)
+            if PARTS > 2:
+                acc2 = add_products(w, boxes.index(box + 2), acc2)
+                acc3 = add_products(w, boxes.index(box + 3), acc3)
+            if TAIL:
+                tail = add_products(w, tail_smem.index(stage), tail)
+                tail = warpgroup_mma_wait(0, deps=(tail,))
+            acc0 = warpgroup_mma_wait(0, deps=(acc0,))
+            if PARTS > 1:
+                acc1 = warpgroup_mma_wait(0, deps=(acc1,))
+            if PARTS > 2:
+                acc2 = warpgroup_mma_wait(0, deps=(acc2,))
+                acc3 = warpgroup_mma_wait(0, deps=(acc3,))
+            warps_barrier()
+            mbarrier.arrive(empty.index(stage), count=1)
         else:
-            sums = warpgroup_mma_wait(0, deps=(sums,))
-        warps_barrier()
-        mbarrier.arrive(empty.index(stage), count=1)
-        if PARTS == 1:
-            acc0 += sums
-        elif PARTS == 2:
-            acc1 += sums
+            sums = step_sums(w, boxes.index(box), PART, layout)
+            if PARTS > 1:
+                acc0 += warpgroup_mma_wait(0, deps=(sums,))
+                sums = step_sums(w, boxes.index(box + 1), PART, layout)
+            if PARTS > 2:
+                acc1 += warpgroup_mma_wait(0, deps=(sums,))
+                sums = step_sums(w, boxes.index(box + 2), PART, layout)
+                acc2 += warpgroup_mma_wait(0, deps=(sums,))
+                sums = step_sums(w, boxes.index(box + 3), PART, layout)
+            if TAIL and PARTS > 2:
+                # After the others: both at once don't fit the registers.
+                acc3 += warpgroup_mma_wait(0, deps=(sums,))
+                tail_sums = step_sums(w, tail_smem.index(stage), 32, tail_layout)
+                tail += warpgroup_mma_wait(0, deps=(tail_sums,))
+            elif TAIL:
+                tail_sums = step_sums(w, tail_smem.index(stage), 32, tail_layout)
+                sums, tail_sums = warpgroup_mma_wait(0, deps=(sums, tail_sums))
+                tail += tail_sums
+            else:
+                sums = warpgroup_mma_wait(0, deps=(sums,))
+            warps_barrier()
+            mbarrier.arrive(empty.index(stage), count=1)
+            if PARTS == 1:
+                acc0 += sums
+            elif PARTS == 2:
+                acc1 += sums
         stage, phase = next_stage(stage, phase, STAGES)
     if GATHER:
         async_copy.wait_group(0)

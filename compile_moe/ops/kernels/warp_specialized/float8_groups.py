@@ -26,6 +26,11 @@ def step_sums(w, x, T: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def add_products(w, x, acc):
+    return warpgroup_mma(w, x.permute((1, 0)), acc, is_async=True)
+
+
+@gluon.jit
 def add_scaled(acc, sums, w_scale, scales_smem):
     """acc plus (64, T) sums of a step times the scales of their weight rows and tokens."""
     layout: gl.constexpr = acc.type.layout

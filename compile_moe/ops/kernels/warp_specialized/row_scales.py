@@ -39,4 +39,4 @@ def scaled(
         t = gl.arange(0, T, layout=gl.SliceLayout(0, layout))
         x_scale = gl.load(x_scale_ptr + (first + t).to(gl.int64) * stride_xsm, mask=t < rows, other=0.0)
     w_scale = gl.convert_layout(w_scale, gl.SliceLayout(1, layout))
-    return acc * gl.expand_dims(w_scale, 1) * gl.expand_dims(x_scale, 0)
+    return acc.to(gl.float32) * gl.expand_dims(w_scale, 1) * gl.expand_dims(x_scale, 0)
