@@ -202,9 +202,8 @@ def test_warp_specialized_float8(case: str, tile: Tile) -> None:
         *float8_gather_gemm.launches_for(tile, tiles, between, *first, bias1, body, layout, block_rows),
         *float8_scatter_gemm.launches_for(tile, tiles, out, *second, bias2, block_rows),
     ):
-        # Sums of a step beside those of all: up to 124 bytes with Triton 3.6, 136 with 3.9. Producers of scales, once
-        # a tile: up to 184 with Triton 3.6, 204 with 3.9.
-        compiled = compile_launch(launch, 90, spills=208 if block_rows else 144)
+        # Sums of a step beside those of all: up to 124 bytes with Triton 3.6, 136 with 3.9.
+        compiled = compile_launch(launch, 90, spills=144)
         assert compiled.has_wgmma == ("gemm" in launch.kernel.__name__)
 
 

@@ -61,12 +61,17 @@ def test_who_can_run_it(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Schemes whose scales belong to whole rows or to a step's 128 columns, of sizes that TMA reads."""
 
     def last(
-        scheme: str, k: int = 256, n: int = 128, dtype: torch.dtype = torch.float8_e4m3fn, **sizes: Any
+        scheme: str,
+        k: int = 256,
+        n: int = 128,
+        dtype: torch.dtype = torch.float8_e4m3fn,
+        gated: bool = False,
+        **sizes: Any,
     ) -> Any:
         x, w = torch.empty(64, k, dtype=dtype), torch.empty(4, n, k, dtype=dtype)
         out = torch.empty(128, n, dtype=torch.bfloat16)
         scheme_format = weight_format(SCHEMES[scheme](**sizes).text)
-        return tile_choice(x, w, torch.empty(4, n, 1), out, scheme_format, False).candidates[-1]
+        return tile_choice(x, w, torch.empty(4, n, 1), out, scheme_format, gated).candidates[-1]
 
     def special(*args: Any, **options: Any) -> bool:
         return last(*args, **options) in WARP_SPECIALIZED_TILES
@@ -75,7 +80,10 @@ def test_who_can_run_it(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert special("int8_w8a8_channel", dtype=torch.int8)
     assert special("fp8_w8a8_channel", k=272, n=136)
     assert not special("fp8_w8a8_channel", k=264) and not special("fp8_w8a8_channel", n=132)
-    assert special("fp8_w8a8_block") and special("fp8_w8a8_block", block_shape=(48, 128))
+    assert special("fp8_w8a8_block") and special("fp8_w8a8_block", block_shape=(256, 128))
+    assert special("fp8_w8a8_block", n=192, gated=True)
+    assert not special("fp8_w8a8_block", n=208, gated=True)
+    assert not special("fp8_w8a8_block", block_shape=(64, 128))
     assert not special("fp8_w8a8_block", block_shape=(128, 64))
     assert not special("fp8_w8a8_block", block_shape=(128, 256))
     monkeypatch.setattr(tiles, "device_limits", lambda index: HOPPER._replace(warp_specialized=False))
@@ -146,16 +154,24 @@ def always(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("variant", [PER_ROW, PER_BLOCK, INT8], ids=["row", "block", "int8"])
 @pytest.mark.parametrize("case", FLOAT8_LAYERS)
 def test_layer(case: str, variant: Variant, always: None) -> None:
-    assert_runs_right(make_quantized(variant, **FLOAT8_LAYERS[case], dtype=torch.bfloat16), GEMM_KERNELS)
+    layer = FLOAT8_LAYERS[case]
+    if variant == PER_BLOCK:
+        # Tiles of gate and up, each of one block.
+        layer = {**layer, "I": -(-layer["I"] // 64) * 64}
+    assert_runs_right(make_quantized(variant, **layer, dtype=torch.bfloat16), GEMM_KERNELS)
 
 
 @on_hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [64, 90, 128, 150, 200, 256, 285, 512, 600])
-@pytest.mark.parametrize("activation, rows", [("silu", 128), ("swigluoai", 48), ("relu2_no_mul", 128)])
-def test_blocks(activation: str, rows: int, m: int, always: None) -> None:
-    """Every kind of tile, whose weight rows lie in one block or in several, over more steps than the ring has."""
-    layer = {"M": m, "K": 1168, "I": 336, "E": 1, "topk": 1, "activation": activation}
+@pytest.mark.parametrize(
+    "activation, rows, i", [("silu", 128, 320), ("swigluoai", 256, 320), ("relu2_no_mul", 128, 336)]
+)
+def test_blocks(activation: str, rows: int, i: int, m: int, always: None) -> None:
+    """Every kind of tile, of one or two blocks of weights (up begins within a block), over more steps than the ring
+    has.
+    """
+    layer = {"M": m, "K": 1168, "I": i, "E": 1, "topk": 1, "activation": activation}
     assert_runs_right(make_quantized(per_block(rows, 128), **layer, dtype=torch.bfloat16), GEMM_KERNELS)
 
 

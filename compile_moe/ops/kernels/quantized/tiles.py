@@ -24,7 +24,7 @@ from compile_moe.ops.kernels.tiles import (
     device_limits,
 )
 from compile_moe.ops.kernels.tuned_tiles import TileChoice
-from compile_moe.ops.kernels.warp_specialized import decoding_launches
+from compile_moe.ops.kernels.warp_specialized import decoding_launches, scale_ring
 from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES
 
 _ROW_TILES = (16, 32, 64, 128)
@@ -33,11 +33,14 @@ _ROW_TILES = (16, 32, 64, 128)
 DECODING_PAYS_FROM = {WARP_SPECIALIZED_64: 33, WARP_SPECIALIZED_128: 76, WARP_SPECIALIZED: 136}
 #: Of float8: both GEMMs with rings of 256, 128 and 64 rows and tiles of 64, us, H200, one run. Qwen3-30B shape, scales
 #: of rows, 48, 64, 80, 96, 128 rows an expert: 206, 198, 189, 207; 218, 208, 202, 244; 232, 224, 211, 294; 241, 232,
-#: 247, 302; 287, 266, 295, 357; of blocks: 263, 232, 232, 210; 296, 262, 264, 265; 318, 284, 289, 334; 318, 290, 359,
-#: 344; 366, 334, 443, 415. Mixtral, scales of rows, 64, 96, 128 rows, rings only: 414, 398, 396; 442, 425, 537; 463,
-#: 453, 594.
+#: 247, 302; 287, 266, 295, 357. Mixtral, 64, 96, 128 rows, rings only: 414, 398, 396; 442, 425, 537; 463, 453, 594. Of
+#: int8, which the same kernels serve, Mixtral, 48, 64, 96, 128, 256 rows: 388, 381, 380, 381; 415, 405, 401, 439; 441,
+#: 429, 535, 495; 459, 435, 583, 585; 636, 725, 958, 984.
 ROWS_PAY_FROM = {WARP_SPECIALIZED_64: 48, WARP_SPECIALIZED_128: 84, WARP_SPECIALIZED: 148}
-BLOCKS_PAY_FROM = {WARP_SPECIALIZED_128: 64, WARP_SPECIALIZED: 148}
+#: Of blocks, whose tiles have no tails, in the same order, another run. Qwen3-30B shape, 64, 96, 128, 160, 256 rows an
+#: expert: 243, 228, 260, 266; 258, 245, 334, 344; 320, 321, 401, 416; 361, 380, 472, 495; 478, 503, 680, 715. Mixtral,
+#: 64, 96, 128, 256 rows: 506, 476, 552, 550; 501, 483, 661, 642; 618, 660, 813, 833; 955, 999, 1367, 1418.
+BLOCKS_PAY_FROM = {WARP_SPECIALIZED_128: 56, WARP_SPECIALIZED: 116}
 
 
 def tile_choice(
@@ -48,7 +51,7 @@ def tile_choice(
     sizes = x.element_size(), w.element_size(), x.size(1), out.size(1)
     for_few_rows = few_rows.serve(weight_format, x, w, w_scale, limits)
     candidates = tile_candidates(*sizes, weight_format, for_few_rows, gated, limits)
-    if limits.warp_specialized and can_be_warp_specialized(weight_format, x, w, w_scale, out):
+    if limits.warp_specialized and can_be_warp_specialized(weight_format, x, w, w_scale, out, gated):
         candidates = (*(tile for tile in candidates if tile.block_m <= 64), *WARP_SPECIALIZED_TILES)
     few = None
     if for_few_rows:
@@ -65,21 +68,26 @@ def pays_from(weight_format: WeightFormat) -> Mapping[Tile, int]:
 
 
 def can_be_warp_specialized(
-    weight_format: WeightFormat, x: Tensor, w: Tensor, w_scale: Tensor, out: Tensor
+    weight_format: WeightFormat, x: Tensor, w: Tensor, w_scale: Tensor, out: Tensor, gated: bool
 ) -> bool:
     """Whether warp-specialized kernels, on a device that runs them, compute this."""
     if weight_format.scales_sums:
-        return may_be_warp_specialized(weight_format, w) and has_boxes(x, w, out)
+        # A tile has 64 rows of gate and of up, each of one block.
+        in_blocks = not (gated and weight_format.group) or out.size(1) % (scale_ring.TILE_ROWS // 2) == 0
+        return may_be_warp_specialized(weight_format, w) and has_boxes(x, w, out) and in_blocks
     return decoding_launches.serve(weight_format, x, w, w_scale, out)
 
 
 def may_be_warp_specialized(weight_format: WeightFormat, w: Tensor) -> bool:
-    """Whether there are warp-specialized kernels of a scheme: 8 bits with scales of whole rows, or of a step in
-    floating point; or weights that are decoded, as far as the scheme goes.
+    """Whether there are warp-specialized kernels of a scheme: 8 bits with scales of whole rows; in floating point also
+    of blocks, of a step's columns and as many rows as tiles have, or multiples; or weights that are decoded, as far as
+    the scheme goes.
     """
     if weight_format.decode_16_bits is not None:
         return True
-    is_step = weight_format.group in (0, STEP_BYTES.value)
+    is_step = not weight_format.group or (
+        weight_format.group == STEP_BYTES.value and weight_format.rows % scale_ring.TILE_ROWS == 0
+    )
     has_kernels = w.dtype is torch.float8_e4m3fn or (w.dtype is torch.int8 and not weight_format.group)
     return weight_format.scales_sums and is_step and has_kernels
 

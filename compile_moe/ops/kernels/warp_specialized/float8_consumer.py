@@ -17,14 +17,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from compile_moe.ops.kernels.warp_specialized.compat import view, warps_barrier
 from compile_moe.ops.kernels.warp_specialized.consumer import is_kind, load_bias
-from compile_moe.ops.kernels.warp_specialized.float8_groups import (
-    add_products,
-    chunk_of,
-    consume_group_tile,
-    step_sums,
-)
+from compile_moe.ops.kernels.warp_specialized.float8_blocks import consume_block_tile
+from compile_moe.ops.kernels.warp_specialized.float8_sums import add_products, chunk_of, step_sums
 from compile_moe.ops.kernels.warp_specialized.ring import find_tile, next_stage
 from compile_moe.ops.kernels.warp_specialized.row_scales import copy_row_scales, scaled
+from compile_moe.ops.kernels.warp_specialized.scale_ring import has_two_scales
 from compile_moe.ops.kernels.warp_specialized.store import row_slots, store_chunk
 from compile_moe.ops.kernels.warp_specialized.weight_rows import weight_rows
 
@@ -205,6 +202,16 @@ def consume_float8_tile(
 
 
 @gluon.jit
+def is_kind_without_tail(rows, KIND: gl.constexpr):
+    """Whether a tile of so many rows has room for 64, 128 or 256."""
+    MAIN: gl.constexpr = 64 << KIND
+    if KIND == 0:
+        return rows <= MAIN
+    else:
+        return (rows > MAIN // 2) & (rows <= MAIN)
+
+
+@gluon.jit
 def float8_consumer(
     w_smem,
     x_smem,
@@ -239,8 +246,8 @@ def float8_consumer(
 ):
     """Every tile of this program, as ``consumer`` does.
 
-    ``scales_smem`` is what ``allocate_scale_ring`` returns where BLOCK_ROWS of the weights share scales, else what
-    ``allocate_scales`` does.
+    ``scales_smem`` is what ``allocate_scale_ring`` returns where BLOCK_ROWS of the weights share scales, and tiles have
+    no tails then; else what ``allocate_scales`` does.
     """
     num_row_tiles = gl.load(tiles_ptr)
     num_tiles = num_row_tiles * num_n
@@ -258,27 +265,27 @@ def float8_consumer(
         e1, f1, r1, n1 = find_tile(tiles_ptr, tile + step, num_row_tiles, num_n)
         column8 = (2 * tile_n + WHICH) * WIDTH8
         biases = bias_ptr + expert.to(gl.int64) * stride_be
-        bias = load_bias(biases, stride_bn, column8, columns8, EPILOGUE, HAS_BIAS, INTERLEAVED)
-        if not BLOCK_ROWS:
+        if BLOCK_ROWS:
+            for i in gl.static_range(KINDS // 2):
+                if is_kind_without_tail(rows, i):
+                    stage, phase = consume_block_tile(
+                        w_smem, x_smem, result_smem, scales_smem, full, empty, stage, phase, num_k,
+                        out_ptr, biases, stride_bn, slots_ptr, first, rows, num_slots, tile_n, columns8,
+                        WHICH, 64 << i, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, GATHER,
+                        has_two_scales(EPILOGUE, INTERLEAVED),
+                    )  # fmt: skip
+        else:
+            bias = load_bias(biases, stride_bn, column8, columns8, EPILOGUE, HAS_BIAS, INTERLEAVED)
             scales = w_scale_ptr + expert.to(gl.int64) * stride_se
             layout: gl.constexpr = bias.type.layout
             column, mask = weight_rows(column8, columns8, EPILOGUE, INTERLEAVED, layout)
             w_scale = gl.load(scales + column.to(gl.int64) * stride_sn, mask=mask, other=0.0)
-        for i in gl.static_range(KINDS):
-            if is_kind(rows, i):
-                MAIN: gl.constexpr = 64 << (i // 2)
-                TAIL: gl.constexpr = i % 2 == 1
-                if BLOCK_ROWS:
-                    stage, phase = consume_group_tile(
-                        w_smem, x_smem, tail_smem, result_smem, scales_smem, full, empty, stage, phase, num_k,
-                        bias, out_ptr, slots_ptr, first, rows, num_slots, column8, columns8,
-                        WHICH, MAIN, TAIL, STAGES, EPILOGUE, HAS_BIAS, GATHER,
-                    )  # fmt: skip
-                else:
+            for i in gl.static_range(KINDS):
+                if is_kind(rows, i):
                     stage, phase = consume_float8_tile(
                         w_smem, x_smem, tail_smem, result_smem,
                         scales_smem[0].index(WHICH), scales_smem[1].index(WHICH), full, empty, stage, phase, num_k,
                         bias, w_scale, x_scale_ptr, stride_xsm,
                         out_ptr, slots_ptr, first, rows, num_slots, topk, column8, columns8,
-                        WHICH, MAIN, TAIL, STAGES, EPILOGUE, HAS_BIAS, GATHER,
+                        WHICH, 64 << (i // 2), i % 2 == 1, STAGES, EPILOGUE, HAS_BIAS, GATHER,
                     )  # fmt: skip

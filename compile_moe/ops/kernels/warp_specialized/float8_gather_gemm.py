@@ -9,8 +9,8 @@ from triton.experimental.gluon import language as gl
 from compile_moe.ops.kernels.launch import Launch
 from compile_moe.ops.kernels.quantized import operands
 from compile_moe.ops.kernels.tiles import Tile
+from compile_moe.ops.kernels.warp_specialized import float8_blocks, row_tiles
 from compile_moe.ops.kernels.warp_specialized import float8_consumer as consumers
-from compile_moe.ops.kernels.warp_specialized import float8_groups, row_tiles
 from compile_moe.ops.kernels.warp_specialized.descriptors import (
     gated_weights,
     num_programs,
@@ -30,8 +30,8 @@ from compile_moe.ops.kernels.warp_specialized.scale_ring import allocate_scale_r
 
 #: That store results or call such.
 FUNCTIONS = (
-    (float8_groups, "store_sums"),
-    (float8_groups, "consume_group_tile"),
+    (float8_blocks, "store_sums"),
+    (float8_blocks, "consume_block_tile"),
     (consumers, "store_scaled_chunk"),
     (consumers, "consume_float8_tile"),
     (consumers, "float8_consumer"),
@@ -72,7 +72,7 @@ def float8_gather_gemm_kernel(
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(
-        x_ptr.dtype.element_ty, out_ptr.dtype.element_ty, STAGES, 129, 32 if BLOCK_ROWS else 64, ROWS
+        x_ptr.dtype.element_ty, out_ptr.dtype.element_ty, STAGES, 129, ROWS=ROWS, TAILS=not BLOCK_ROWS
     )
     if BLOCK_ROWS:
         scales_smem = allocate_scale_ring(STAGES)
@@ -174,6 +174,6 @@ def launches_for(
     }
     kernel = with_epilogue(float8_gather_gemm_kernel, FUNCTIONS, epilogue_body)
     return (
-        row_tiles.launch_for(tile.block_m, tiles, expert_offsets, num_slots, w1.size(0)),
+        row_tiles.launch_for(tile.block_m, tiles, expert_offsets, num_slots, w1.size(0), not block_rows),
         Launch(kernel, (num_programs(out.device.index),), args, options),
     )

@@ -55,8 +55,8 @@ def float8_scatter_gemm_kernel(
         out_ptr.dtype.element_ty,
         STAGES,
         129 if BLOCK_ROWS else 1,
-        32 if BLOCK_ROWS else 64,
-        ROWS,
+        ROWS=ROWS,
+        TAILS=not BLOCK_ROWS,
     )
     if BLOCK_ROWS:
         scales_smem = allocate_scale_ring(STAGES)
@@ -146,6 +146,6 @@ def launches_for(
         "num_warps": 4,
     }
     return (
-        row_tiles.launch_for(tile.block_m, tiles, expert_offsets, num_slots, w2.size(0)),
+        row_tiles.launch_for(tile.block_m, tiles, expert_offsets, num_slots, w2.size(0), not block_rows),
         Launch(float8_scatter_gemm_kernel, (num_programs(out.device.index),), args, options),
     )

@@ -11,6 +11,7 @@ from compile_moe.ops.kernels.warp_specialized.producers import load_weights, tai
 from compile_moe.ops.kernels.warp_specialized.ring import find_tile, next_stage
 from compile_moe.ops.kernels.warp_specialized.scale_ring import (
     copy_step_scales,
+    has_two_scales,
     token_scale_ptrs,
     token_slots,
     weight_scale_ptrs,
@@ -81,12 +82,16 @@ def gather_rows(
     k,
     STAGES: gl.constexpr,
     EVEN_K: gl.constexpr,
+    TAILS: gl.constexpr,
     layout: gl.constexpr,
 ):
     """Step k of a tile's rows, which lie at ``tile_offsets`` from base, into the ring."""
     o0, o1, o2, o3, ot = offsets
-    before, has_tail = tail_start(rows)
-    whole = gl.where(has_tail, before, rows)
+    if TAILS:
+        before, has_tail = tail_start(rows)
+        whole = gl.where(has_tail, before, rows)
+    else:
+        whole = rows
     BOXES: gl.constexpr = x_smem.shape[0] // (2 * STAGES)  # of 64 rows
     x64 = view(x_smem, [STAGES * BOXES, 64, x_smem.shape[2]], x_smem.layout)
     gather_box(x64.index(BOXES * stage), base + o0, depth16, k, EVEN_K, layout)
@@ -98,8 +103,9 @@ def gather_rows(
             gather_box(x64.index(4 * stage + 2), base + o2, depth16, k, EVEN_K, layout)
         if whole > 192:
             gather_box(x64.index(4 * stage + 3), base + o3, depth16, k, EVEN_K, layout)
-    if has_tail:
-        gather_box(tail_smem.index(stage), base + ot, depth16, k, EVEN_K, layout)
+    if TAILS:
+        if has_tail:
+            gather_box(tail_smem.index(stage), base + ot, depth16, k, EVEN_K, layout)
 
 
 @gluon.jit
@@ -130,6 +136,7 @@ def producer_gather(
     num_row_tiles = gl.load(tiles_ptr)
     num_tiles = num_row_tiles * num_n
     STEP: gl.constexpr = x_smem.shape[2]
+    TWO: gl.constexpr = has_two_scales(EPILOGUE, INTERLEAVED)
     W_BYTES: gl.constexpr = 128 * w_smem.shape[2] * w_smem.dtype.primitive_bitwidth // 8
     # 16 bytes a thread.
     layout: gl.constexpr = gl.BlockedLayout([1, STEP // 8], [4, 8], [4, 1], [1, 0])
@@ -140,7 +147,7 @@ def producer_gather(
     e1, f1, r1, n1 = find_tile(tiles_ptr, gl.program_id(0), num_row_tiles, num_n)
     s0, s1, s2, s3, st = tile_slots(slots_ptr, f1, r1, layout)
     if BLOCK_ROWS:
-        scale_slots = token_slots(slots_ptr, f1, r1, tail_start(r1)[0])
+        scale_slots = token_slots(slots_ptr, f1, r1)
     e2, f2, r2, n2 = find_tile(tiles_ptr, gl.program_id(0) + step, num_row_tiles, num_n)
     for tile in range(gl.program_id(0), num_tiles, step):
         slots = s0, s1, s2, s3, st
@@ -149,12 +156,11 @@ def producer_gather(
         s0, s1, s2, s3, st = tile_slots(slots_ptr, f2, r2, layout)
         if BLOCK_ROWS:
             ptrs = token_scale_ptrs(scales, scale_slots, num_slots, topk)
-            scale_slots = token_slots(slots_ptr, f2, r2, tail_start(r2)[0])
-            w_ptrs = weight_scale_ptrs(scales, expert, tile_n, EPILOGUE, INTERLEAVED, BLOCK_ROWS)
+            scale_slots = token_slots(slots_ptr, f2, r2)
+            w_ptrs = weight_scale_ptrs(scales, expert, tile_n, TWO, BLOCK_ROWS)
         # Sums, because Triton doesn't see that ``e1 = e2`` changes from one iteration to the next.
         e1, r1, n1 = e2 + 0, r2 + 0, n2 + 0
         e2, f2, r2, n2 = find_tile(tiles_ptr, tile + 2 * step, num_row_tiles, num_n)
-        _, has_tail = tail_start(rows)
         for k in range(num_k):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             bar = full.index(stage)
@@ -162,9 +168,9 @@ def producer_gather(
             load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * w_smem.shape[2], EPILOGUE, STAGES)
             gather_rows(
                 x_smem, tail_smem, stage, x_ptr + k * STEP, offsets, rows, depth16, k,
-                STAGES, EVEN_K, layout,
+                STAGES, EVEN_K, not BLOCK_ROWS, layout,
             )  # fmt: skip
             if BLOCK_ROWS:
-                copy_step_scales(scales, stage, k, ptrs, w_ptrs, has_tail)
+                copy_step_scales(scales, stage, k, ptrs, w_ptrs, TWO)
             async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)

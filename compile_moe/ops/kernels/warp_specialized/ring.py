@@ -17,15 +17,16 @@ def allocate(
     result_dtype: gl.constexpr,
     STAGES: gl.constexpr,
     FULL_COUNT: gl.constexpr,
-    RESULT_ROWS: gl.constexpr = 64,
     ROWS: gl.constexpr = 256,
     STORED_BYTES: gl.constexpr = 0,
+    TAILS: gl.constexpr = True,
 ):
     """Weights, tokens in boxes of 32, tails, space to transpose results in, and barriers; of each stage but one.
 
     Args:
         ROWS: of tokens in a stage, without the tail: 64, 128 or 256.
         STORED_BYTES: of each weight row in a stage, where weights are decoded; otherwise they are in dtype.
+        TAILS: whether tiles have some; otherwise their buffer is that of the tokens, and isn't used.
     """
     layout: gl.constexpr = gl.NVMMASharedLayout(128, dtype.primitive_bitwidth, 2)
     STEP: gl.constexpr = STEP_BYTES * 8 // dtype.primitive_bitwidth
@@ -35,9 +36,12 @@ def allocate(
     else:
         w_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, STEP], layout)
     x_smem = gl.allocate_shared_memory(dtype, [ROWS // 32 * STAGES, 32, STEP], layout)
-    tail_smem = gl.allocate_shared_memory(dtype, [STAGES, 32, STEP], layout)
+    if TAILS:
+        tail_smem = gl.allocate_shared_memory(dtype, [STAGES, 32, STEP], layout)
+    else:
+        tail_smem = x_smem
     result_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    result_smem = gl.allocate_shared_memory(result_dtype, [2, RESULT_ROWS, 64], result_layout)
+    result_smem = gl.allocate_shared_memory(result_dtype, [2, 64, 64], result_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):

@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
 from compile_moe.ops.kernels.warp_specialized.compat import copy_box, view
-from compile_moe.ops.kernels.warp_specialized.producers import load_weights, tail_start
+from compile_moe.ops.kernels.warp_specialized.producers import load_weights
 from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES, find_tile, next_stage
 from compile_moe.ops.kernels.warp_specialized.scale_ring import (
     copy_step_scales,
@@ -30,11 +30,12 @@ def copy_many_rows(
     rows,
     k,
     STAGES: gl.constexpr,
+    TAILS: gl.constexpr,
     MORE_BYTES: gl.constexpr,
 ):
     """Rows of a tile of more than 160, columns k.., into the ring; the barrier also expects MORE_BYTES."""
     x256 = view(x_smem, [STAGES, 256, x_smem.shape[2]], x_smem.layout)
-    if rows > 256:
+    if TAILS and rows > 256:
         mbarrier.expect(bar, MORE_BYTES + 9 * BOX_BYTES)
         copy_box(x_desc, [first + 256, k], bar, tail_smem.index(stage))
     else:
@@ -43,17 +44,29 @@ def copy_many_rows(
 
 
 @gluon.jit
-def copy_few_rows(x_desc, x_smem, tail_smem, bar, stage, first, rows, k, MORE_BYTES: gl.constexpr):
+def copy_few_rows(
+    x_desc,
+    x_smem,
+    tail_smem,
+    bar,
+    stage,
+    first,
+    rows,
+    k,
+    STAGES: gl.constexpr,
+    TAILS: gl.constexpr,
+    MORE_BYTES: gl.constexpr,
+):
     """Rows of a tile of up to 160, columns k.., into the ring; the barrier also expects MORE_BYTES."""
     boxes = (rows + 31) // 32
-    BOXES: gl.constexpr = x_smem.shape[0] // tail_smem.shape[0]  # of a stage
+    BOXES: gl.constexpr = x_smem.shape[0] // STAGES  # of a stage
     # Every call costs a barrier of the warps, also one whose predicate is false.
     for i in gl.static_range(5 if BOXES > 3 else 3):
         if boxes == i + 1:
             mbarrier.expect(bar, MORE_BYTES + (i + 1) * BOX_BYTES)
             for j in gl.static_range(i + 1):
                 # A tail lies in a buffer of its own, also behind 64 or 128 rows.
-                if j == i and (i == 2 or i == 4):
+                if TAILS and j == i and (i == 2 or i == 4):
                     box = tail_smem.index(stage)
                 else:
                     box = x_smem.index(BOXES * stage + j)
@@ -78,7 +91,7 @@ def fill(
     """Every step of a tile, of more than 160 rows where MANY. Returns the stage and phase behind them."""
     w_smem, x_smem, tail_smem, full, empty = ring
     w_desc, x_desc, x256_desc = descriptors
-    expert, first, rows, tile_n, has_tail = tile
+    expert, first, rows, tile_n = tile
     STEP: gl.constexpr = x_smem.shape[2]
     W_BYTES: gl.constexpr = 128 * w_smem.shape[2] * w_smem.dtype.primitive_bitwidth // 8
     for k in range(num_k):
@@ -86,14 +99,27 @@ def fill(
         bar = full.index(stage)
         if MANY:
             copy_many_rows(
-                x_desc, x256_desc, x_smem, tail_smem, bar, stage, first, rows, k * STEP, STAGES, W_BYTES
+                x_desc,
+                x256_desc,
+                x_smem,
+                tail_smem,
+                bar,
+                stage,
+                first,
+                rows,
+                k * STEP,
+                STAGES,
+                not BLOCK_ROWS,
+                W_BYTES,
             )
         else:
-            copy_few_rows(x_desc, x_smem, tail_smem, bar, stage, first, rows, k * STEP, W_BYTES)
+            copy_few_rows(
+                x_desc, x_smem, tail_smem, bar, stage, first, rows, k * STEP, STAGES, not BLOCK_ROWS, W_BYTES
+            )
         load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k * w_smem.shape[2], EPILOGUE, STAGES)
         if BLOCK_ROWS:
             ptrs, w_ptrs = scale_ptrs
-            copy_step_scales(scales, stage, k, ptrs, w_ptrs, has_tail)
+            copy_step_scales(scales, stage, k, ptrs, w_ptrs, False)
             async_copy.mbarrier_arrive(bar, increment_count=False)
         stage, phase = next_stage(stage, phase, STAGES)
     return stage, phase
@@ -130,11 +156,10 @@ def producer_tma(
     for tile in range(gl.program_id(0), num_tiles, step):
         expert, first, rows, tile_n = e1, f1, r1, n1
         e1, f1, r1, n1 = find_tile(tiles_ptr, tile + step, num_row_tiles, num_n)
-        before, has_tail = tail_start(rows)
-        this = expert, first, rows, tile_n, has_tail
+        this = expert, first, rows, tile_n
         if BLOCK_ROWS:
-            ptrs = row_scale_ptrs(scales, first, rows, before)
-            scale_ptrs = ptrs, weight_scale_ptrs(scales, expert, tile_n, EPILOGUE, False, BLOCK_ROWS)
+            ptrs = row_scale_ptrs(scales, first, rows)
+            scale_ptrs = ptrs, weight_scale_ptrs(scales, expert, tile_n, False, BLOCK_ROWS)
         else:
             scale_ptrs = None
         if HAS_MANY:

@@ -95,14 +95,19 @@ def scratch_if_needed(sorted_slots: Tensor, num_experts: int, rows: int | None) 
 
 
 def launch_for(
-    num_rows: int, tiles: Tensor, expert_offsets: Tensor, num_slots: int, num_experts: int
+    num_rows: int,
+    tiles: Tensor,
+    expert_offsets: Tensor,
+    num_slots: int,
+    num_experts: int,
+    has_tails: bool = True,
 ) -> Launch:
-    """The launch that writes the list of tiles of ``num_rows``."""
+    """The launch that writes the list of tiles of ``num_rows``, and tails if they may have some."""
     options = {
         "E_POW2": triton.next_power_of_2(num_experts),
         "ROWS": num_rows,
         "TAIL": TAIL,
-        "MERGED": MERGED,
+        "MERGED": MERGED if has_tails else 0,
         "GROUP": GROUP,
         "num_warps": 4,
     }
