@@ -38,7 +38,7 @@ from tests.support.quantized_one_token import VARIANTS as ONE_TOKEN_VARIANTS
 from tests.support.quantized_one_token import run_one_token as run_quantized_one_token
 from tests.support.token_inputs import SCALINGS
 from tests.support.warp_specialized import (
-    FLOAT8_LAYERS,
+    EIGHT_BIT_LAYERS,
     LAYERS,
     assert_both_were_launched,
     launched,
@@ -119,13 +119,13 @@ def many_rows(device: str, share: Share) -> int:
         assert_as_accurate(compile_moe.fused_experts(*layer.args), layer)
         assert_both_were_launched()
         for case, scheme in share(
-            itertools.product(FLOAT8_LAYERS.values(), ("fp8_w8a8_channel", "fp8_w8a8_tensor"))
+            itertools.product(EIGHT_BIT_LAYERS.values(), ("fp8_w8a8_channel", "fp8_w8a8_tensor"))
         ):
             q = make_quantized(Variant(scheme), **case, dtype=torch.bfloat16)
             args, options = q.on_gpu()
             launch._ready.clear()
             assert_quantized_as_accurate(compile_moe.fused_experts(*args, **options).cpu(), q)
-            assert {"float8_gather_gemm_kernel", "float8_scatter_gemm_kernel"} <= set(launched())
+            assert {"eight_bit_gather_gemm_kernel", "eight_bit_scatter_gemm_kernel"} <= set(launched())
             count += 1
     return count + 2
 

@@ -30,8 +30,8 @@ from compile_moe.ops.kernels.tiles import (
     tile_candidates,
 )
 from compile_moe.ops.kernels.warp_specialized import (
-    float8_gather_gemm,
-    float8_scatter_gemm,
+    eight_bit_gather_gemm,
+    eight_bit_scatter_gemm,
     row_tiles,
     zero_skipped,
 )
@@ -160,11 +160,12 @@ def test_warp_specialized(case: str, tile: Tile) -> None:
 
 
 #: K, I, activation, whether biased, what has a scale: a row, the tensor, or a block.
-FLOAT8 = {
+EIGHT_BITS = {
     "plain": (2048, 768, "silu", False, "row"),
     "interleaved-biased, scale of a tensor": (2880, 2880, "swigluoai", True, "tensor"),
-    # With a bias, and interleaved, fewer bytes are spilled.
+    # With a bias fewer bytes are spilled.
     "blocks": (2048, 768, "silu", False, "block"),
+    "blocks, interleaved": (2048, 768, "swigluoai", False, "block"),
     "int8": (2048, 768, "silu", False, "row"),
     "int8, interleaved-biased": (2880, 2880, "swigluoai", True, "row"),
 }
@@ -172,11 +173,11 @@ FLOAT8 = {
 
 @pytest.mark.parametrize(
     "case, tile",
-    [(case, WARP_SPECIALIZED) for case in FLOAT8]
-    + [("blocks", WARP_SPECIALIZED_64), ("plain", WARP_SPECIALIZED_128), ("int8", WARP_SPECIALIZED_64)],
+    [(case, WARP_SPECIALIZED) for case in EIGHT_BITS]
+    + [("blocks", WARP_SPECIALIZED_128), ("plain", WARP_SPECIALIZED_128), ("int8", WARP_SPECIALIZED_64)],
 )
-def test_warp_specialized_float8(case: str, tile: Tile) -> None:
-    k, i, activation, biased, scaled = FLOAT8[case]
+def test_warp_specialized_eight_bits(case: str, tile: Tile) -> None:
+    k, i, activation, biased, scaled = EIGHT_BITS[case]
     program = parse(program_text(activation))
     n, e, topk, m = 2 * i if program.gated else i, 8, 2, 512
     x, w1, w2, rows = (
@@ -199,8 +200,8 @@ def test_warp_specialized_float8(case: str, tile: Tile) -> None:
     first = (x, x_scale, w1, w1_scale, slots, offsets, topk)
     second = (rows, rows_scale, w2, w2_scale, slots, offsets)
     for launch in (
-        *float8_gather_gemm.launches_for(tile, tiles, between, *first, bias1, body, layout, block_rows),
-        *float8_scatter_gemm.launches_for(tile, tiles, out, *second, bias2, block_rows),
+        *eight_bit_gather_gemm.launches_for(tile, tiles, between, *first, bias1, body, layout, block_rows),
+        *eight_bit_scatter_gemm.launches_for(tile, tiles, out, *second, bias2, block_rows),
     ):
         # Sums of a step beside those of all: up to 124 bytes with Triton 3.6, 136 with 3.9.
         compiled = compile_launch(launch, 90, spills=144)

@@ -90,10 +90,10 @@ def test_from_so_many_rows_on(hopper: None) -> None:
         special_from = pays_from(weight_format(variant.made.text))
         enough = 4 * min(special_from.values())
         few, many = (candidates(variant, slots=slots) for slots in (enough - 1, enough))
-        assert few.tile.block_m == 64 and not few.tile.warp_specialized
+        assert few.tile.block_m == 32 and not few.tile.warp_specialized
         assert few.candidates == many.candidates
         for tile, rows in special_from.items():
-            assert candidates(variant, slots=4 * rows).tile == tile
+            assert candidates(variant, slots=4 * rows + 1).tile == tile
 
 
 #: Scheme, activation, whether biased, dtype, bytes that may be spilled.

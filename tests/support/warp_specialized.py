@@ -60,7 +60,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "strided": {"M": 700, "K": 256, "I": 128, "E": 8, "strided": True},
 }
 #: The same, with sizes in multiples of 16.
-FLOAT8_LAYERS = {
+EIGHT_BIT_LAYERS = {
     name: {**layer, "K": -(-layer["K"] // 16) * 16, "I": -(-layer["I"] // 16) * 16}
     for name, layer in LAYERS.items()
     if not layer.get("transposed")

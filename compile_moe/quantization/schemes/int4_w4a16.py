@@ -16,9 +16,9 @@ from compile_moe.quantization.decoding import unsigned_to_float32
 from compile_moe.quantization.decoding_16_bits import (
     nibble_words_less_8,
     nibbles_less_8,
-    pairs_of_nibbles_less_8,
     registers_of_nibbles_less_8,
 )
+from compile_moe.quantization.decoding_pairs import pairs_of_nibbles_less_8
 from compile_moe.quantization.integer_groups import dequantize_groups, quantize_groups
 from compile_moe.quantization.nibbles import pack_nibbles, unpack_nibbles
 from compile_moe.quantization.parameters import check_size

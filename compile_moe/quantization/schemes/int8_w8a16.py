@@ -16,9 +16,9 @@ from compile_moe.quantization.decoding import unsigned_to_float32
 from compile_moe.quantization.decoding_16_bits import (
     byte_words_less_128,
     bytes_less_128,
-    pairs_of_bytes_less_128,
     registers_of_bytes_less_128,
 )
+from compile_moe.quantization.decoding_pairs import pairs_of_bytes_less_128
 from compile_moe.quantization.integer_groups import dequantize_groups, quantize_groups
 from compile_moe.quantization.parameters import check_size
 from compile_moe.quantization.scheme import QuantizedWeights, Scheme, register

@@ -21,9 +21,9 @@ from compile_moe.quantization.decoding_16_bits import (
     e2m1_nibble_words,
     e2m1_nibbles,
     e8m0_numbers,
-    pairs_of_e2m1_nibbles,
     registers_of_e2m1_nibbles,
 )
+from compile_moe.quantization.decoding_pairs import pairs_of_e2m1_nibbles
 from compile_moe.quantization.nibbles import pack_nibbles, unpack_nibbles
 from compile_moe.quantization.scheme import QuantizedWeights, Scheme, register
 

@@ -30,7 +30,7 @@ from compile_moe.ops.kernels.tiles import (
     slots_of_rows,
 )
 from compile_moe.ops.kernels.tuned_tiles import plan_of
-from compile_moe.ops.kernels.warp_specialized import decoding_launches, float8_gather_gemm, row_tiles
+from compile_moe.ops.kernels.warp_specialized import decoding_launches, eight_bit_gather_gemm, row_tiles
 from compile_moe.ops.kernels.warp_specialized import zero_skipped as zero_skipped_rows
 
 DO_NOT_SPECIALIZE = ("num_slots", "num_row_tiles")
@@ -265,7 +265,7 @@ def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
     launches: tuple[Launch, ...]
     if weights.scales_sums:
         inputs = (x, x_scale, w1, w1_scale, slots, offsets, topk)
-        launches = float8_gather_gemm.launches_for(
+        launches = eight_bit_gather_gemm.launches_for(
             tile, tiles, out, *inputs, bias, body, layout, block_rows(weights)
         )
     else:

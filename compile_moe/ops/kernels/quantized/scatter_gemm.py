@@ -22,7 +22,7 @@ from compile_moe.ops.kernels.quantized.tiles import block_rows, special_from, ti
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
 from compile_moe.ops.kernels.tiles import Tile, grouped_order, locate_tile, max_row_tiles
 from compile_moe.ops.kernels.tuned_tiles import plan_of
-from compile_moe.ops.kernels.warp_specialized import decoding_launches, float8_scatter_gemm, row_tiles
+from compile_moe.ops.kernels.warp_specialized import decoding_launches, eight_bit_scatter_gemm, row_tiles
 from compile_moe.ops.kernels.warp_specialized import zero_skipped as zero_skipped_rows
 
 DO_NOT_SPECIALIZE = ("num_slots", "num_row_tiles")
@@ -215,7 +215,7 @@ def launches_for(tile: Tile, *arguments: Any) -> tuple[Launch, ...]:
         tiles = row_tiles.scratch(slots, w2.size(0))
     launches: tuple[Launch, ...]
     if weights.scales_sums:
-        launches = float8_scatter_gemm.launches_for(
+        launches = eight_bit_scatter_gemm.launches_for(
             tile, tiles, out, x, x_scale, w2, w2_scale, slots, offsets, bias, block_rows(weights)
         )
     else:

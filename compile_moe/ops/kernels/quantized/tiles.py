@@ -17,7 +17,6 @@ from compile_moe.ops.kernels.tiles import (
     WARP_SPECIALIZED,
     WARP_SPECIALIZED_64,
     WARP_SPECIALIZED_128,
-    WARP_SPECIALIZED_TILES,
     DeviceLimits,
     Tile,
     choose_tile,
@@ -29,8 +28,8 @@ from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES
 
 _ROW_TILES = (16, 32, 64, 128)
 #: Rows of an average expert from which the warp-specialized kernels are taken; what each ring took: PERFORMANCE.md,
-#: "Many rows on weights that are decoded". Up to 32 rows those of few_rows are faster at most shapes.
-DECODING_PAYS_FROM = {WARP_SPECIALIZED_64: 33, WARP_SPECIALIZED_128: 76, WARP_SPECIALIZED: 136}
+#: "Many rows on weights that are decoded". Up to 32 rows those of few_rows, where they serve, go before.
+DECODING_PAYS_FROM = {WARP_SPECIALIZED_64: 32, WARP_SPECIALIZED_128: 76, WARP_SPECIALIZED: 136}
 #: Of float8: both GEMMs with rings of 256, 128 and 64 rows and tiles of 64, us, H200, one run. Qwen3-30B shape, scales
 #: of rows, 48, 64, 80, 96, 128 rows an expert: 206, 198, 189, 207; 218, 208, 202, 244; 232, 224, 211, 294; 241, 232,
 #: 247, 302; 287, 266, 295, 357. Mixtral, 64, 96, 128 rows, rings only: 414, 398, 396; 442, 425, 537; 463, 453, 594. Of
@@ -52,7 +51,7 @@ def tile_choice(
     for_few_rows = few_rows.serve(weight_format, x, w, w_scale, limits)
     candidates = tile_candidates(*sizes, weight_format, for_few_rows, gated, limits)
     if limits.warp_specialized and can_be_warp_specialized(weight_format, x, w, w_scale, out, gated):
-        candidates = (*(tile for tile in candidates if tile.block_m <= 64), *WARP_SPECIALIZED_TILES)
+        candidates = (*(tile for tile in candidates if tile.block_m <= 64), *pays_from(weight_format))
     few = None
     if for_few_rows:
         few = few_rows.choose(candidates, out.size(0), w.size(0), out.size(1), w.size(2))
@@ -83,7 +82,7 @@ def may_be_warp_specialized(weight_format: WeightFormat, w: Tensor) -> bool:
     of blocks, of a step's columns and as many rows as tiles have, or multiples; or weights that are decoded, as far as
     the scheme goes.
     """
-    if weight_format.decode_16_bits is not None:
+    if weight_format.decode_pairs is not None:
         return True
     is_step = not weight_format.group or (
         weight_format.group == STEP_BYTES.value and weight_format.rows % scale_ring.TILE_ROWS == 0

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from compile_moe.ops.kernels.epilogue import epilogue
 from compile_moe.ops.kernels.warp_specialized.compat import view, warps_barrier
-from compile_moe.ops.kernels.warp_specialized.float8_sums import step_sums
+from compile_moe.ops.kernels.warp_specialized.eight_bit_sums import step_sums
 from compile_moe.ops.kernels.warp_specialized.ring import next_stage
 from compile_moe.ops.kernels.warp_specialized.store import halves
 from compile_moe.ops.kernels.warp_specialized.weight_rows import weight_rows
@@ -38,18 +38,25 @@ def add_product(acc, sums, scale):
 
 
 @gluon.jit
-def add_scaled(acc, sums, x_smem, w_smem, stage, TWO: gl.constexpr):
-    """acc plus a step's sums (64, N) times its scales: of 64 tokens, and of weights, two a stage."""
-    layout: gl.constexpr = acc.type.layout
+def load_scales(x_smem, w_smem, stage, layout: gl.constexpr, TWO: gl.constexpr):
+    """A step's scales, 64 tokens' times the weights': (64,), or (64, 2) of gate and up."""
     x_scale = x_smem.load(gl.SliceLayout(1, layout))
     scale = x_scale * w_smem.index(2 * stage).load(x_scale.type.layout)
     if TWO:
-        up_scale = x_scale * w_smem.index(2 * stage + 1).load(x_scale.type.layout)
+        scale = gl.join(scale, x_scale * w_smem.index(2 * stage + 1).load(x_scale.type.layout))
+    return scale
+
+
+@gluon.jit
+def add_scaled(acc, sums, scale, TWO: gl.constexpr):
+    """acc plus a step's sums (64, N) times its scales, when the sums are there."""
+    layout: gl.constexpr = acc.type.layout
+    sums = warpgroup_mma_wait(0, deps=(sums,))
+    if TWO:
         acc = by_halves(acc)
-        sums = by_halves(sums)
-        scales_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(1, acc.type.layout))
-        scales = gl.convert_layout(gl.join(scale, up_scale), scales_layout, assert_trivial=True)
-        acc = add_product(acc, sums, gl.expand_dims(gl.expand_dims(scales, 1), 1))
+        scale_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(1, acc.type.layout))
+        scale = gl.convert_layout(scale, scale_layout, assert_trivial=True)
+        acc = add_product(acc, by_halves(sums), gl.expand_dims(gl.expand_dims(scale, 1), 1))
         acc = gl.reshape(gl.permute(acc, (0, 1, 3, 2)), [64, acc.shape[1] * 16])
         acc = gl.convert_layout(acc, layout, assert_trivial=True)
     else:
@@ -179,11 +186,13 @@ def consume_block_tile(
         else:
             w = weights.index(stage)
         x_scale = x_scales.index(stage)
-        sums = warpgroup_mma_wait(0, deps=(step_sums(boxes.index(box), w, N, layout),))
-        acc0 = add_scaled(acc0, sums, x_scale.slice(64 * BOX, 64), w_scales, stage, TWO)
+        sums = step_sums(boxes.index(box), w, N, layout)
+        scale = load_scales(x_scale.slice(64 * BOX, 64), w_scales, stage, layout, TWO)
+        acc0 = add_scaled(acc0, sums, scale, TWO)
         if MAIN == 256:
-            sums = warpgroup_mma_wait(0, deps=(step_sums(boxes.index(box + 1), w, N, layout),))
-            acc1 = add_scaled(acc1, sums, x_scale.slice(64 * BOX + 64, 64), w_scales, stage, TWO)
+            sums = step_sums(boxes.index(box + 1), w, N, layout)
+            scale = load_scales(x_scale.slice(64 * BOX + 64, 64), w_scales, stage, layout, TWO)
+            acc1 = add_scaled(acc1, sums, scale, TWO)
         # Products are done, and scales read, in each warp.
         warps_barrier()
         mbarrier.arrive(empty.index(stage), count=1)

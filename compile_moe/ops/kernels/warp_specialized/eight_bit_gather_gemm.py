@@ -1,4 +1,4 @@
-"""GEMM 1 on 8-bit floating point, scales of whole rows or of 128 columns, for many rows an expert on Hopper."""
+"""GEMM 1 on 8 bits, for many rows an expert on Hopper: scales of whole rows, or of blocks of floating point."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from triton.experimental.gluon import language as gl
 from compile_moe.ops.kernels.launch import Launch
 from compile_moe.ops.kernels.quantized import operands
 from compile_moe.ops.kernels.tiles import Tile
+from compile_moe.ops.kernels.warp_specialized import eight_bit_consumer as consumers
 from compile_moe.ops.kernels.warp_specialized import float8_blocks, row_tiles
-from compile_moe.ops.kernels.warp_specialized import float8_consumer as consumers
 from compile_moe.ops.kernels.warp_specialized.descriptors import (
     gated_weights,
     num_programs,
     plain_weights,
     step,
 )
-from compile_moe.ops.kernels.warp_specialized.float8_consumer import float8_consumer
+from compile_moe.ops.kernels.warp_specialized.eight_bit_consumer import eight_bit_consumer
 from compile_moe.ops.kernels.warp_specialized.gather_gemm import (
     PRODUCER_REGISTERS,
     REGISTERS,
@@ -33,12 +33,12 @@ FUNCTIONS = (
     (float8_blocks, "store_sums"),
     (float8_blocks, "consume_block_tile"),
     (consumers, "store_scaled_chunk"),
-    (consumers, "consume_float8_tile"),
-    (consumers, "float8_consumer"),
+    (consumers, "consume_eight_bit_tile"),
+    (consumers, "eight_bit_consumer"),
 )
 
 
-def float8_gather_gemm_kernel(
+def eight_bit_gather_gemm_kernel(
     out_ptr,  # (S, columns), expert order
     x_ptr,  # (M, K)
     w_desc,
@@ -84,7 +84,7 @@ def float8_gather_gemm_kernel(
     gl.warp_specialize(
         [
             (
-                float8_consumer,
+                eight_bit_consumer,
                 (
                     w_smem, x_smem, tail_smem, result_smem, scales_smem, full, empty,
                     out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
@@ -94,7 +94,7 @@ def float8_gather_gemm_kernel(
                 ),
             ),
             (
-                float8_consumer,
+                eight_bit_consumer,
                 (
                     w_smem, x_smem, tail_smem, result_smem, scales_smem, full, empty,
                     out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
@@ -172,7 +172,7 @@ def launches_for(
         "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
         "num_warps": 4,
     }
-    kernel = with_epilogue(float8_gather_gemm_kernel, FUNCTIONS, epilogue_body)
+    kernel = with_epilogue(eight_bit_gather_gemm_kernel, FUNCTIONS, epilogue_body)
     return (
         row_tiles.launch_for(tile.block_m, tiles, expert_offsets, num_slots, w1.size(0), not block_rows),
         Launch(kernel, (num_programs(out.device.index),), args, options),

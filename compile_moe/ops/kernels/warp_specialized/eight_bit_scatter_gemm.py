@@ -1,4 +1,4 @@
-"""GEMM 2 on 8-bit floating point, scales of whole rows or of 128 columns, for many rows an expert on Hopper."""
+"""GEMM 2 on 8 bits, for many rows an expert on Hopper: scales of whole rows, or of blocks of floating point."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compile_moe.ops.kernels.quantized import operands
 from compile_moe.ops.kernels.tiles import Tile
 from compile_moe.ops.kernels.warp_specialized import row_tiles
 from compile_moe.ops.kernels.warp_specialized.descriptors import num_programs, plain_weights, rows, step
-from compile_moe.ops.kernels.warp_specialized.float8_consumer import float8_consumer
+from compile_moe.ops.kernels.warp_specialized.eight_bit_consumer import eight_bit_consumer
 from compile_moe.ops.kernels.warp_specialized.ring import allocate
 from compile_moe.ops.kernels.warp_specialized.row_producer import producer_tma
 from compile_moe.ops.kernels.warp_specialized.row_scales import allocate_scales
@@ -22,7 +22,7 @@ REGISTERS, PRODUCER_REGISTERS = 224, 56
 
 
 @gluon.jit(do_not_specialize=["num_slots", "num_n", "num_k", "columns8"])
-def float8_scatter_gemm_kernel(
+def eight_bit_scatter_gemm_kernel(
     out_ptr,  # (S, columns), slot order
     x_desc,
     x256_desc,
@@ -68,7 +68,7 @@ def float8_scatter_gemm_kernel(
     gl.warp_specialize(
         [
             (
-                float8_consumer,
+                eight_bit_consumer,
                 (
                     w_smem, x_smem, tail_smem, result_smem, scales_smem, full, empty,
                     out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
@@ -78,7 +78,7 @@ def float8_scatter_gemm_kernel(
                 ),
             ),
             (
-                float8_consumer,
+                eight_bit_consumer,
                 (
                     w_smem, x_smem, tail_smem, result_smem, scales_smem, full, empty,
                     out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
@@ -147,5 +147,5 @@ def launches_for(
     }
     return (
         row_tiles.launch_for(tile.block_m, tiles, expert_offsets, num_slots, w2.size(0), not block_rows),
-        Launch(float8_scatter_gemm_kernel, (num_programs(out.device.index),), args, options),
+        Launch(eight_bit_scatter_gemm_kernel, (num_programs(out.device.index),), args, options),
     )

@@ -1,4 +1,4 @@
-"""Consumers of 8-bit floating point: sums of each step added outside the tensor cores, scales, then as the others do.
+"""Consumers of 8 bits: in floating point sums of each step added outside the tensor cores, scales, then as others do.
 
 Hopper's tensor cores add products of such numbers with 14 bits only. So what they sum up is one step of the ring (128
 products), and float32 adds the steps. Of int8, with scales of whole rows alone, sums are integers.
@@ -17,8 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from compile_moe.ops.kernels.warp_specialized.compat import view, warps_barrier
 from compile_moe.ops.kernels.warp_specialized.consumer import is_kind, load_bias
+from compile_moe.ops.kernels.warp_specialized.eight_bit_sums import add_products, chunk_of, step_sums
 from compile_moe.ops.kernels.warp_specialized.float8_blocks import consume_block_tile
-from compile_moe.ops.kernels.warp_specialized.float8_sums import add_products, chunk_of, step_sums
 from compile_moe.ops.kernels.warp_specialized.ring import find_tile, next_stage
 from compile_moe.ops.kernels.warp_specialized.row_scales import copy_row_scales, scaled
 from compile_moe.ops.kernels.warp_specialized.scale_ring import has_two_scales
@@ -54,7 +54,7 @@ def store_scaled_chunk(
 
 
 @gluon.jit
-def consume_float8_tile(
+def consume_eight_bit_tile(
     w_smem,
     x_smem,
     tail_smem,
@@ -212,7 +212,7 @@ def is_kind_without_tail(rows, KIND: gl.constexpr):
 
 
 @gluon.jit
-def float8_consumer(
+def eight_bit_consumer(
     w_smem,
     x_smem,
     tail_smem,
@@ -282,7 +282,7 @@ def float8_consumer(
             w_scale = gl.load(scales + column.to(gl.int64) * stride_sn, mask=mask, other=0.0)
             for i in gl.static_range(KINDS):
                 if is_kind(rows, i):
-                    stage, phase = consume_float8_tile(
+                    stage, phase = consume_eight_bit_tile(
                         w_smem, x_smem, tail_smem, result_smem,
                         scales_smem[0].index(WHICH), scales_smem[1].index(WHICH), full, empty, stage, phase, num_k,
                         bias, w_scale, x_scale_ptr, stride_xsm,

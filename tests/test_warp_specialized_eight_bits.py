@@ -1,4 +1,4 @@
-"""The warp-specialized GEMMs on 8-bit floating point: when they are chosen, what is launched, and results on Hopper."""
+"""The warp-specialized GEMMs on 8 bits: when they are chosen, what is launched, and results on Hopper."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.quantized import Quantized, Variant, make_quantized
 from tests.support.quantized_gemms import GEMMS, Gemms
 from tests.support.simulated_gpu import simulated_gpu
 from tests.support.warp_specialized import (
-    FLOAT8_LAYERS,
+    EIGHT_BIT_LAYERS,
     HOPPER,
     assert_right_with_other_routing,
     assert_runs_right,
@@ -39,7 +39,7 @@ def per_block(*shape: int) -> Variant:
 
 PER_BLOCK = per_block(128, 128)
 OPS = dict(zip(GEMMS, (quantized_gather_gemm, quantized_scatter_gemm), strict=True))
-GEMM_KERNELS = {"float8_gather_gemm_kernel", "float8_scatter_gemm_kernel"}
+GEMM_KERNELS = {"eight_bit_gather_gemm_kernel", "eight_bit_scatter_gemm_kernel"}
 #: Of both GEMMs, which here write zeros to slots that are skipped.
 KERNELS = [
     kernel for gemm in sorted(GEMM_KERNELS) for kernel in ("row_tiles_kernel", gemm, "zero_skipped_kernel")
@@ -152,9 +152,9 @@ def always(request: pytest.FixtureRequest) -> Iterator[None]:
 @on_hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", [PER_ROW, PER_BLOCK, INT8], ids=["row", "block", "int8"])
-@pytest.mark.parametrize("case", FLOAT8_LAYERS)
+@pytest.mark.parametrize("case", EIGHT_BIT_LAYERS)
 def test_layer(case: str, variant: Variant, always: None) -> None:
-    layer = FLOAT8_LAYERS[case]
+    layer = EIGHT_BIT_LAYERS[case]
     if variant == PER_BLOCK:
         # Tiles of gate and up, each of one block.
         layer = {**layer, "I": -(-layer["I"] // 64) * 64}
@@ -165,14 +165,31 @@ def test_layer(case: str, variant: Variant, always: None) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [64, 90, 128, 150, 200, 256, 285, 512, 600])
 @pytest.mark.parametrize(
-    "activation, rows, i", [("silu", 128, 320), ("swigluoai", 256, 320), ("relu2_no_mul", 128, 336)]
+    "activation, variant, i",
+    [
+        ("silu", PER_ROW, 336),
+        ("silu", INT8, 336),
+        ("silu", PER_BLOCK, 320),
+        ("swigluoai", per_block(256, 128), 320),
+        ("relu2_no_mul", PER_BLOCK, 336),
+    ],
+    ids=["row", "int8", "block", "tall block", "ungated block"],
 )
-def test_blocks(activation: str, rows: int, i: int, m: int, always: None) -> None:
-    """Every kind of tile, of one or two blocks of weights (up begins within a block), over more steps than the ring
-    has.
-    """
+def test_every_kind_of_tile(activation: str, variant: Variant, i: int, m: int, always: None) -> None:
+    """Over more steps than the ring has. Up begins within a block of weights."""
     layer = {"M": m, "K": 1168, "I": i, "E": 1, "topk": 1, "activation": activation}
-    assert_runs_right(make_quantized(per_block(rows, 128), **layer, dtype=torch.bfloat16), GEMM_KERNELS)
+    assert_runs_right(make_quantized(variant, **layer, dtype=torch.bfloat16), GEMM_KERNELS)
+
+
+@on_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows, i", [(48, 256), (128, 208)])
+def test_many_rows_of_other_blocks(rows: int, i: int) -> None:
+    """Of fewer rows than a tile has, and gates that end within a tile: by the other kernels."""
+    layer = {"M": 700, "K": 512, "I": i, "E": 8, "topk": 2, "biased": True}
+    assert_runs_right(
+        make_quantized(per_block(rows, 128), **layer, dtype=torch.bfloat16), {"quantized_gather_gemm_kernel"}
+    )
 
 
 @on_hopper

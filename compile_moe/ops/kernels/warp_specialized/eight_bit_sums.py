@@ -10,9 +10,10 @@ from compile_moe.ops.kernels.warp_specialized.store import halves
 
 
 @gluon.jit
-def step_sums(w, x, T: gl.constexpr, layout: gl.constexpr):
-    zeros = gl.zeros([64, T], gl.float32, layout)
-    return warpgroup_mma(w, x.permute((1, 0)), zeros, use_acc=False, is_async=True)
+def step_sums(left, right, N: gl.constexpr, layout: gl.constexpr):
+    """Of a step alone: 64 rows of one operand times N of the other."""
+    zeros = gl.zeros([64, N], gl.float32, layout)
+    return warpgroup_mma(left, right.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
