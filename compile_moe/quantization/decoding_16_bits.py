@@ -12,6 +12,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
+# Of nibbles: 128 + n of bfloat16, 1024 + n of float16; less those and the bias, 8.
+LESS_8_BF16 = {"magic": "0x43004300", "fma": "fma.rn.bf16x2", "one": "0x3f803f80", "offset": "0xc308c308"}
+LESS_8_FP16 = {"magic": "0x64006400", "fma": "fma.rn.f16x2", "one": "0x3c003c00", "offset": "0xe408e408"}
+
 # The first two bytes of a register in the 16-bit halves of p. fma takes no constants.
 _START = """{{
     .reg .b32 p, q, r, one, offset;
@@ -35,17 +39,8 @@ _NIBBLES = (
     {fma} $3, $3, one, offset;
     }}"""
 )
-# 128 + n of bfloat16, 1024 + n of float16; less those and the bias, 8.
-_NIBBLES_BF16 = tl.constexpr(
-    _NIBBLES.format(
-        stored="$4", magic="0x43004300", fma="fma.rn.bf16x2", one="0x3f803f80", offset="0xc308c308"
-    )
-)
-_NIBBLES_FP16 = tl.constexpr(
-    _NIBBLES.format(
-        stored="$4", magic="0x64006400", fma="fma.rn.f16x2", one="0x3c003c00", offset="0xe408e408"
-    )
-)
+_NIBBLES_BF16 = tl.constexpr(_NIBBLES.format(stored="$4", **LESS_8_BF16))
+_NIBBLES_FP16 = tl.constexpr(_NIBBLES.format(stored="$4", **LESS_8_FP16))
 
 # bfloat16 has room for 7 bits: 128 + those, less 128 where the last one is set, and 256 where not.
 _BYTES_BF16 = tl.constexpr(
@@ -97,12 +92,8 @@ _NIBBLE_WORDS = """{{
     {fma} $2, $2, one, offset;
     {fma} $3, $3, one, offset;
     }}"""
-_NIBBLE_WORDS_BF16 = tl.constexpr(
-    _NIBBLE_WORDS.format(magic="0x43004300", fma="fma.rn.bf16x2", one="0x3f803f80", offset="0xc308c308")
-)
-_NIBBLE_WORDS_FP16 = tl.constexpr(
-    _NIBBLE_WORDS.format(magic="0x64006400", fma="fma.rn.f16x2", one="0x3c003c00", offset="0xe408e408")
-)
+_NIBBLE_WORDS_BF16 = tl.constexpr(_NIBBLE_WORDS.format(**LESS_8_BF16))
+_NIBBLE_WORDS_FP16 = tl.constexpr(_NIBBLE_WORDS.format(**LESS_8_FP16))
 _E2M1_WORDS_BF16 = tl.constexpr(
     """{
     .reg .b32 p, one, offset;

@@ -7,6 +7,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from compile_moe.quantization.decoding_16_bits import LESS_8_BF16, LESS_8_FP16
+
 # Of two bytes, and of one with two nibbles, whose copy, 12 bits higher, has the high one.
 _BYTE_PAIR_BF16 = tl.constexpr(
     """{
@@ -36,12 +38,8 @@ _NIBBLE_PAIR = """{{
     lop3.b32 p, p, 0x000f000f, {magic}, 0xea;
     {fma} $0, p, one, offset;
     }}"""
-_NIBBLE_PAIR_BF16 = tl.constexpr(
-    _NIBBLE_PAIR.format(magic="0x43004300", fma="fma.rn.bf16x2", one="0x3f803f80", offset="0xc308c308")
-)
-_NIBBLE_PAIR_FP16 = tl.constexpr(
-    _NIBBLE_PAIR.format(magic="0x64006400", fma="fma.rn.f16x2", one="0x3c003c00", offset="0xe408e408")
-)
+_NIBBLE_PAIR_BF16 = tl.constexpr(_NIBBLE_PAIR.format(**LESS_8_BF16))
+_NIBBLE_PAIR_FP16 = tl.constexpr(_NIBBLE_PAIR.format(**LESS_8_FP16))
 _E2M1_PAIR_BF16 = tl.constexpr(
     """{
     .reg .b32 p, one, offset;

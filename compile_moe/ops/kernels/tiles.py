@@ -163,7 +163,7 @@ def device_limits(device_index: int | None) -> DeviceLimits:
 
 
 #: The tiles of the warp-specialized kernels: one with room for many rows, those with less of it, which leave it to
-#: more stages. They may be chosen from WARP_SPECIALIZED_FROM rows of an average expert on.
+#: more stages. Those of 16-bit operands may be chosen from WARP_SPECIALIZED_FROM rows of an average expert on.
 WARP_SPECIALIZED = Tile(256, 128, 64, 4, 4, warp_specialized=True)
 WARP_SPECIALIZED_128 = Tile(128, 128, 64, 5, 4, warp_specialized=True)
 WARP_SPECIALIZED_64 = Tile(64, 128, 64, 7, 4, warp_specialized=True)

@@ -145,15 +145,17 @@ def consume_tile(
 
 
 @gluon.jit
-def is_kind(rows, KIND: gl.constexpr):
-    """Whether a tile of so many rows has 64, 64 + a tail, 128, 128 + a tail, 256 or 256 + a tail."""
+def is_kind(rows, KIND: gl.constexpr, TAILS: gl.constexpr = True):
+    """Whether a tile of so many rows has 64, 64 + a tail, 128, 128 + a tail, 256 or 256 + a tail; without TAILS kinds
+    are even.
+    """
     MAIN: gl.constexpr = 64 << (KIND // 2)
     if KIND % 2 == 1:
         return (rows > MAIN) & (rows <= MAIN + 32)
     elif KIND == 0:
         return rows <= MAIN
     else:
-        return (rows > MAIN // 2 + 32) & (rows <= MAIN)
+        return (rows > MAIN // 2 + (32 if TAILS else 0)) & (rows <= MAIN)
 
 
 @gluon.jit

@@ -202,16 +202,6 @@ def consume_eight_bit_tile(
 
 
 @gluon.jit
-def is_kind_without_tail(rows, KIND: gl.constexpr):
-    """Whether a tile of so many rows has room for 64, 128 or 256."""
-    MAIN: gl.constexpr = 64 << KIND
-    if KIND == 0:
-        return rows <= MAIN
-    else:
-        return (rows > MAIN // 2) & (rows <= MAIN)
-
-
-@gluon.jit
 def eight_bit_consumer(
     w_smem,
     x_smem,
@@ -263,18 +253,18 @@ def eight_bit_consumer(
     for tile in range(gl.program_id(0), num_tiles, step):
         expert, first, rows, tile_n = e1, f1, r1, n1
         e1, f1, r1, n1 = find_tile(tiles_ptr, tile + step, num_row_tiles, num_n)
-        column8 = (2 * tile_n + WHICH) * WIDTH8
         biases = bias_ptr + expert.to(gl.int64) * stride_be
         if BLOCK_ROWS:
-            for i in gl.static_range(KINDS // 2):
-                if is_kind_without_tail(rows, i):
+            for i in gl.static_range(0, KINDS, 2):
+                if is_kind(rows, i, False):
                     stage, phase = consume_block_tile(
                         w_smem, x_smem, result_smem, scales_smem, full, empty, stage, phase, num_k,
                         out_ptr, biases, stride_bn, slots_ptr, first, rows, num_slots, tile_n, columns8,
-                        WHICH, 64 << i, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, GATHER,
+                        WHICH, 64 << (i // 2), STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, GATHER,
                         has_two_scales(EPILOGUE, INTERLEAVED),
                     )  # fmt: skip
         else:
+            column8 = (2 * tile_n + WHICH) * WIDTH8
             bias = load_bias(biases, stride_bn, column8, columns8, EPILOGUE, HAS_BIAS, INTERLEAVED)
             scales = w_scale_ptr + expert.to(gl.int64) * stride_se
             layout: gl.constexpr = bias.type.layout

@@ -99,19 +99,9 @@ def fill(
         bar = full.index(stage)
         if MANY:
             copy_many_rows(
-                x_desc,
-                x256_desc,
-                x_smem,
-                tail_smem,
-                bar,
-                stage,
-                first,
-                rows,
-                k * STEP,
-                STAGES,
-                not BLOCK_ROWS,
-                W_BYTES,
-            )
+                x_desc, x256_desc, x_smem, tail_smem, bar, stage, first, rows, k * STEP,
+                STAGES, not BLOCK_ROWS, W_BYTES,
+            )  # fmt: skip
         else:
             copy_few_rows(
                 x_desc, x_smem, tail_smem, bar, stage, first, rows, k * STEP, STAGES, not BLOCK_ROWS, W_BYTES
