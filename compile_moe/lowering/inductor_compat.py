@@ -73,7 +73,9 @@ _PROBES: Mapping[str, Mapping[str, Callable[[], Any]]] = {
         ).bind(None, add_to_fallback_set=False),
         "ir.Pointwise.create(device, dtype, inner_fn, ranges)": _trial,
         "ir.Reduction.create(device, dst_dtype, src_dtype, inner_fn, ranges, reduction_ranges, reduction_type)": (
-            lambda: inspect.signature(ir.Reduction.create).bind(**_max_of(_LIKE, [], [], _max_of))
+            lambda: inspect.signature(ir.Reduction.create).bind(
+                **_max_of(_LIKE, torch.float32, [], [], _max_of)
+            )
         ),
         f"sizevars.SizeVarAllocator.{' or .'.join(_INTEGERS)}": lambda: _size_function(
             sizevars.SizeVarAllocator
@@ -221,43 +223,32 @@ def pointwise(
 
 def row_maxima(
     like: Any,
+    dtype: torch.dtype,
     sizes: Sequence[Any],
     reduced: Sequence[Any],
     element: Callable[[Sequence[Any], Sequence[Any]], Any],
 ) -> Any:
-    """float32 tensor of ``sizes``, realized: the largest ``element(index, reduced_index)``; NaN is larger than all."""
+    """Tensor of ``sizes``, realized: the largest ``element(index, reduced_index)``; NaN is larger than all."""
     # Evaluates an element, before anything of the reduction is in the graph.
     n = len(sizes)
-    pointwise(like, torch.float32, [*sizes, *reduced], lambda index: element(index[:n], index[n:]))
-    box = ir.Reduction.create(**_max_of(like, sizes, reduced, element))
+    pointwise(like, dtype, [*sizes, *reduced], lambda index: element(index[:n], index[n:]))
+    box = ir.Reduction.create(**_max_of(like, dtype, sizes, reduced, element))
     box.realize()
     return box
 
 
 def _max_of(
-    like: Any, sizes: Sequence[Any], reduced: Sequence[Any], element: Callable[..., Any]
+    like: Any, dtype: torch.dtype, sizes: Sequence[Any], reduced: Sequence[Any], element: Callable[..., Any]
 ) -> dict[str, Any]:
     return {
         "device": like.get_device(),
-        "dst_dtype": torch.float32,
-        "src_dtype": torch.float32,
+        "dst_dtype": dtype,
+        "src_dtype": dtype,
         "inner_fn": element,
         "ranges": list(sizes),
         "reduction_ranges": list(reduced),
         "reduction_type": "max",
     }
-
-
-def quotient(x: Any, y: Any, like: Any) -> Any:
-    """x / y of float32 elements of a tensor on the device of ``like``, correctly rounded.
-
-    Triton's own division is not, and before torch 2.13 inductor has no other name for one that is.
-    """
-    if like.get_device().type != "cuda" or torch.version.hip is not None:
-        return ops.truediv(x, y)
-    return ops.inline_asm_elementwise(
-        x, y, asm="div.rn.f32 $0, $1, $2;", constraints="=f,f,f", dtype=torch.float32
-    )
 
 
 def flattened(box: Any, sizes: Sequence[Any]) -> Any:
@@ -289,7 +280,6 @@ __all__ = [
     "missing_for_fusion",
     "ops",
     "pointwise",
-    "quotient",
     "refusals",
     "row_maxima",
     "scheduler",

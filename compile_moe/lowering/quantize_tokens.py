@@ -6,21 +6,14 @@ of these maxima: the op gets them, and reads the tokens once more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
 import torch
 
-from compile_moe.lowering.inductor_compat import (
-    call,
-    flattened,
-    lower,
-    ops,
-    pointwise,
-    quotient,
-    row_maxima,
-)
+from compile_moe.lowering.inductor_compat import call, flattened, lower, ops, pointwise, row_maxima
+from compile_moe.lowering.ptx import instruction, quotient, writes_ptx
 from compile_moe.ops.float8_support import no_float8
 from compile_moe.ops.quantize_tokens import quantize_tokens
 from compile_moe.quantization import TokenScaling, parse_scaling
@@ -54,7 +47,7 @@ def _lowering(
         return ops.to_dtype(load([row, share * width + column]), _FLOAT)
 
     def largest(sizes: Sequence[Any]) -> Any:
-        return row_maxima(
+        return _maxima(
             tokens,
             sizes,
             [width],
@@ -68,13 +61,14 @@ def _lowering(
     else:
         sizes = [_ONE] if parsed.per == "tensor" else [m, _ONE if parsed.per == "token" else k // width]
         scales = _scales(largest(sizes), LARGEST[parsed.dtype])
-    # Given scales are any numbers.
-    divide = _quotient_by_scale if scale is None else quotient
     load_scale, is_one = scales.make_loader(), len(scales.get_size()) == 1
 
     def element(index: Index) -> Any:
-        divisor = load_scale([_ZERO] if is_one else index[:2])
-        return _rounded(divide(token(index), divisor, tokens), parsed.dtype)
+        x, divisor = token(index), load_scale([_ZERO] if is_one else index[:2])
+        if scale is None:
+            return _rounded(_quotient_by_scale(x, divisor, tokens), parsed.dtype, tokens)
+        # Given scales are any numbers.
+        return _rounded(_clamped(quotient(x, divisor, tokens), parsed.dtype), parsed.dtype, tokens)
 
     # In the loops of the maxima.
     quantized = pointwise(tokens, parsed.dtype, [m, k // width, width], element)
@@ -90,6 +84,25 @@ def _width(scaling: TokenScaling, k: Any) -> Any:
     return sympy.Integer(min(scaling.group_size, k))
 
 
+def _maxima(
+    like: Any, sizes: Sequence[Any], reduced: Sequence[Any], element: Callable[[Index, Index], Any]
+) -> Any:
+    """float32 tensor of ``sizes``: the largest of elements that are not negative, or all the same; NaN if one is."""
+    if not writes_ptx(like):
+        return row_maxima(like, _FLOAT, sizes, reduced, element)
+
+    # As integers, whose maximum is one instruction, where one that NaN wins is four.
+    def bits(index: Index, reduced_index: Index) -> Any:
+        return ops.to_dtype_bitcast(element(index, reduced_index), torch.int32, src_dtype=_FLOAT)
+
+    load = row_maxima(like, torch.int32, sizes, reduced, bits).make_loader()
+
+    def largest(index: Index) -> Any:
+        return ops.to_dtype_bitcast(load(index), _FLOAT, src_dtype=torch.int32)
+
+    return pointwise(like, _FLOAT, sizes, largest)
+
+
 def _scales(magnitudes: Any, largest: float) -> Any:
     load = magnitudes.make_loader()
 
@@ -102,7 +115,7 @@ def _scales(magnitudes: Any, largest: float) -> Any:
 
 def _quotient_by_scale(x: Any, scale: Any, like: Any) -> Any:
     """``quotient`` by a computed scale of tokens, of which those that share it take one reciprocal."""
-    if like.get_device().type != "cuda" or torch.version.hip is not None:
+    if not writes_ptx(like):
         return quotient(x, scale, like)
 
     def constant(value: float) -> Any:
@@ -111,15 +124,8 @@ def _quotient_by_scale(x: Any, scale: Any, like: Any) -> Any:
     factor = ops.where(ops.lt(scale, constant(2.0**-60)), constant(2.0**64), constant(1.0))
     divisor = ops.mul(scale, factor)
     negative = ops.where(ops.eq(scale, constant(float("inf"))), constant(0.0), ops.neg(divisor))
-    return ops.inline_asm_elementwise(
-        x,
-        factor,
-        quotient(constant(1.0), divisor, like),
-        negative,
-        asm=_CORRECTED_QUOTIENT,
-        constraints="=f,f,f,f,f",
-        dtype=_FLOAT,
-    )
+    reciprocal = instruction("rcp.rn.f32 $0, $1;", divisor)
+    return instruction(_CORRECTED_QUOTIENT, x, factor, reciprocal, negative)
 
 
 def _given(scale: Any, k: Any) -> Any:
@@ -129,15 +135,23 @@ def _given(scale: Any, k: Any) -> Any:
         return pointwise(scale, _FLOAT, scale.get_size(), load)
     # The largest of k equal numbers: where it belongs to a reduction over the row, what computes a row's scale is in
     # the kernel that quantizes the row. A copy would be a kernel of its own, as it has other sizes.
-    return row_maxima(scale, scale.get_size(), [k], lambda index, column: load(index))
+    return _maxima(scale, scale.get_size(), [k], lambda index, column: load(index))
 
 
-def _rounded(y: Any, dtype: torch.dtype) -> Any:
-    """As :func:`compile_moe.quantization.rounding.round_to`."""
+def _clamped(y: Any, dtype: torch.dtype) -> Any:
+    """Quotients by computed scales are at most the largest number, or round to it."""
     largest = LARGEST[dtype]
-    y = ops.minimum(ops.maximum(y, ops.constant(-largest, _FLOAT)), ops.constant(largest, _FLOAT))
-    if dtype is torch.int8:
-        y = ops.round(ops.where(ops.isnan(y), ops.constant(0.0, _FLOAT), y))
+    return ops.minimum(ops.maximum(y, ops.constant(-largest, _FLOAT)), ops.constant(largest, _FLOAT))
+
+
+def _rounded(y: Any, dtype: torch.dtype, like: Any) -> Any:
+    """As :func:`compile_moe.quantization.rounding.round_to`."""
+    if dtype is not torch.int8:
+        return ops.to_dtype(y, dtype, src_dtype=_FLOAT)
+    if writes_ptx(like):
+        # Of NaN it is 0.
+        return ops.to_dtype(instruction("cvt.rni.s32.f32 $0, $1;", y, dtype=torch.int32), dtype, torch.int32)
+    y = ops.round(ops.where(ops.isnan(y), ops.constant(0.0, _FLOAT), y))
     return ops.to_dtype(y, dtype, src_dtype=_FLOAT)
 
 

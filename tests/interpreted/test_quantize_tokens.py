@@ -67,6 +67,7 @@ def test_maxima_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize_per_tensor, "BLOCK", 16)
     for parts in (1, 3, 8):
         monkeypatch.setattr(quantize_per_tensor, "MOST_PARTS", parts)
+        monkeypatch.setattr(quantize_per_tensor, "MOST_PROGRAMS", 5 * parts)
         for special in (False, True):
             x = heavy_tailed(7, 77, torch.float32, special)
             assert_same_bits(

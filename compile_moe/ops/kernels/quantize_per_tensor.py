@@ -18,8 +18,8 @@ from compile_moe.ops.kernels.token_rounding import bits_of_magnitude, quantized,
 BLOCK = 2048
 #: Parts of which maxima are found.
 MOST_PARTS = 512
-#: Programs along the rows, where only the GPU knows how many count.
-MOST_PROGRAMS = 1024
+#: Programs, of all columns' blocks together; each of them needs the maxima.
+MOST_PROGRAMS = 2048
 #: Maxima that every program takes the largest of; of more, the maxima of parts are found first.
 MOST_MAXIMA = 1024
 
@@ -113,9 +113,9 @@ def quantize_per_tensor_kernel(
     end_row = num_rows
     if HAS_OFFSETS:
         end_row = tl.minimum(tl.load(expert_offsets_ptr + num_experts), num_rows)
-    first_row = tl.program_id(0)
+    row = tl.program_id(0)
     # Before the scale, for which there is as much to wait.
-    x = _load_row(x_ptr, first_row, end_row, num_columns, stride_xm, stride_xk, BLOCK)
+    x = _load_row(x_ptr, row, end_row, num_columns, stride_xm, stride_xk, BLOCK)
     scale = 0.0
     if GIVEN != "scales":
         if GIVEN == "maxima":
@@ -124,17 +124,16 @@ def quantize_per_tensor_kernel(
             scale = scale_of(tl.max(bits_of_magnitude(maxima), 0), LARGEST)
         else:
             scale = tl.load(given_ptr)
-        tl.store(scales_ptr, scale, mask=(tl.program_id(1) == 0) & (first_row == 0))
+        tl.store(scales_ptr, scale, mask=(tl.program_id(1) == 0) & (row == 0))
+    for next_row in range(row + tl.num_programs(0), end_row, tl.num_programs(0)):
+        next_x = _load_row(x_ptr, next_row, end_row, num_columns, stride_xm, stride_xk, BLOCK)
+        _store_row(
+            quantized_ptr, scales_ptr, given_ptr, x, row, end_row, scale, num_columns, stride_g, LARGEST, GIVEN, BLOCK
+        )  # fmt: skip
+        row, x = next_row, next_x
     _store_row(
-        quantized_ptr, scales_ptr, given_ptr, x, first_row, end_row, scale, num_columns, stride_g, LARGEST, GIVEN, BLOCK
+        quantized_ptr, scales_ptr, given_ptr, x, row, end_row, scale, num_columns, stride_g, LARGEST, GIVEN, BLOCK
     )  # fmt: skip
-    if HAS_OFFSETS:
-        for row in range(first_row + tl.num_programs(0), end_row, tl.num_programs(0)):
-            x = _load_row(x_ptr, row, end_row, num_columns, stride_xm, stride_xk, BLOCK)
-            _store_row(
-                quantized_ptr, scales_ptr, given_ptr, x, row, end_row, scale, num_columns, stride_g,
-                LARGEST, GIVEN, BLOCK,
-            )  # fmt: skip
 
 
 def launch_for(
@@ -162,9 +161,10 @@ def launch_for(
     offsets, num_experts = _bound(expert_offsets, given)
     sizes = (m, num_maxima or 0, num_experts, k)
     args = (quantized, scales, tokens, given, offsets, *sizes, *row_strides(tokens), stride_g)
-    programs = m if expert_offsets is None else min(m, MOST_PROGRAMS)
+    blocks = max(1, triton.cdiv(k, block))
+    programs = min(m, max(1, MOST_PROGRAMS // blocks))
     # One scale is written even if there are no tokens.
-    grid = (programs if each else max(1, programs), max(1, triton.cdiv(k, block)))
+    grid = (programs if each else max(1, programs), blocks)
     return Launch(quantize_per_tensor_kernel, grid, args, options)
 
 
