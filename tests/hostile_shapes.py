@@ -56,6 +56,7 @@ SIZES: tuple[dict[str, Any], ...] = (
     {"M": 900, "K": 64, "I": 264, "E": 4, "topk": 2},
 )
 Share = Callable[[Iterable[Any]], Iterator[Any]]
+EIGHT_BIT_SCHEMES = "fp8_w8a8_channel", "fp8_w8a8_tensor", "fp8_w8a8_block", "int8_w8a8_channel"
 MANY_SIZES = ("plain", "transposed", "biased", "mapped", "skipped", "strided")
 
 
@@ -118,15 +119,18 @@ def many_rows(device: str, share: Share) -> int:
         layer.topk_ids.fill_(-1)
         assert_as_accurate(compile_moe.fused_experts(*layer.args), layer)
         assert_both_were_launched()
-        for case, scheme in share(
-            itertools.product(EIGHT_BIT_LAYERS.values(), ("fp8_w8a8_channel", "fp8_w8a8_tensor"))
-        ):
+    for tile, case, scheme in share(
+        itertools.product(WARP_SPECIALIZED_TILES, EIGHT_BIT_LAYERS.values(), EIGHT_BIT_SCHEMES)
+    ):
+        if "block" in scheme:
+            # Tiles of gate and up, each of one block.
+            case = {**case, "I": -(-case["I"] // 64) * 64}
+        with warp_specialized_wherever_possible(tile):
             q = make_quantized(Variant(scheme), **case, dtype=torch.bfloat16)
             args, options = q.on_gpu()
-            launch._ready.clear()
             assert_quantized_as_accurate(compile_moe.fused_experts(*args, **options).cpu(), q)
             assert {"eight_bit_gather_gemm_kernel", "eight_bit_scatter_gemm_kernel"} <= set(launched())
-            count += 1
+        count += 1
     return count + 2
 
 
