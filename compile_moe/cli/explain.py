@@ -184,8 +184,9 @@ def _picture(heading: Text, explanation: Any, compiled_for: str, device: torch.d
     for refusal in explanation.refusals or ("nothing that could be",):
         refused.add(Text(refusal))
     notes = [
-        f"{_counts(explanation.kernels)}. Compiled for {compiled_for}. An op of ours is one kernel, "
-        "but for the token sort: up to four with the router, by the number of tokens."
+        f"{_counts(explanation.kernels)}. Compiled for {compiled_for}. An op of ours is one kernel; "
+        "the token sort up to four with the router, by the number of tokens, a GEMM of many rows two, and the experts "
+        "of one token two or three."
     ]
     if device.type != "cuda":
         notes.append(
