@@ -89,6 +89,36 @@ def test_compiled(scaling: str, device: str) -> None:
             assert_same_bits(compiled(x, scaling), doubled(x, scaling))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_compiled_long_rows(scaling: str, dtype: torch.dtype) -> None:
+    """Reductions in loops, and of few rows in parts; NaN of both signs."""
+    compiled = torch.compile(doubled, fullgraph=True)
+    for m, k in ((9, 4096), (2, 16384), (1, 65536)):
+        for special in (False, True):
+            x = heavy_tailed(m, k, dtype, special, device="cuda")
+            assert_same_bits(compiled(x, scaling), doubled(x, scaling))
+            assert_same_bits(compiled(-x, scaling), doubled(-x, scaling))
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_compiled_behind_what_is_rounded(scaling: str, device: str) -> None:
+    """The scale may come of exact sums, here 3, and what it divides of rounded ones, 4: it is clamped; or both of one
+    kind, or the other way round.
+    """
+
+    def function(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        h = a + b
+        return h, *quantize_tokens(h - c, scaling)
+
+    a, b, c = (torch.full((4, 4096), x, dtype=torch.bfloat16, device=device) for x in (1000.0, 3.0, 1000.0))
+    _, quantized, scales = torch.compile(function, fullgraph=True)(a, b, c)
+    largest = 127 if quantized.dtype is torch.int8 else 448
+    assert (quantized.float() >= 0.7 * largest).all() and (quantized.float() <= largest).all()
+    assert ((scales * largest - 3.5).abs() < 0.51).all()
+
+
 @pytest.mark.parametrize("kind", GIVEN)
 @pytest.mark.parametrize("scaling", PER_TENSOR)
 def test_compiled_given(scaling: str, kind: str, device: str) -> None:

@@ -25,6 +25,8 @@ _CORRECTED_QUOTIENT = (
     "{ .reg .f32 x, y, e; mul.rn.f32 x, $1, $2; mul.rn.f32 y, x, $3; fma.rn.f32 e, y, $4, x; "
     "fma.rn.f32 y, e, $3, y; fma.rn.f32 e, y, $4, x; fma.rn.f32 y, e, $3, y; copysign.f32 $0, x, y; }"
 )
+#: Rounded to even, 0 of NaN, and clamped.
+_TO_INT8 = "{ .reg .s32 q; cvt.rni.s32.f32 q, $1; max.s32 q, q, -127; min.s32 $0, q, 127; }"
 _ZERO, _ONE = sympy.Integer(0), sympy.Integer(1)
 
 Index = Sequence[Any]
@@ -47,12 +49,10 @@ def _lowering(
         return ops.to_dtype(load([row, share * width + column]), _FLOAT)
 
     def largest(sizes: Sequence[Any]) -> Any:
-        return _maxima(
-            tokens,
-            sizes,
-            [width],
-            lambda index, column: ops.abs(token([*index, *([_ZERO] * (2 - len(index))), *column])),
-        )
+        def element(index: Index, column: Index) -> Any:
+            return token([*index, *([_ZERO] * (2 - len(index))), *column])
+
+        return _largest_magnitudes(tokens, sizes, [width], element)
 
     if scale is not None:
         scales = _given(scale, k)
@@ -65,10 +65,9 @@ def _lowering(
 
     def element(index: Index) -> Any:
         x, divisor = token(index), load_scale([_ZERO] if is_one else index[:2])
-        if scale is None:
-            return _rounded(_quotient_by_scale(x, divisor, tokens), parsed.dtype, tokens)
         # Given scales are any numbers.
-        return _rounded(_clamped(quotient(x, divisor, tokens), parsed.dtype), parsed.dtype, tokens)
+        y = quotient(x, divisor, tokens) if scale is not None else _quotient_by_scale(x, divisor, tokens)
+        return _rounded(y, parsed.dtype, tokens)
 
     # In the loops of the maxima.
     quantized = pointwise(tokens, parsed.dtype, [m, k // width, width], element)
@@ -84,16 +83,17 @@ def _width(scaling: TokenScaling, k: Any) -> Any:
     return sympy.Integer(min(scaling.group_size, k))
 
 
-def _maxima(
+def _largest_magnitudes(
     like: Any, sizes: Sequence[Any], reduced: Sequence[Any], element: Callable[[Index, Index], Any]
 ) -> Any:
-    """float32 tensor of ``sizes``: the largest of elements that are not negative, or all the same; NaN if one is."""
+    """float32 tensor of ``sizes``: the largest magnitude of float32 elements; NaN if one is."""
     if not writes_ptx(like):
-        return row_maxima(like, _FLOAT, sizes, reduced, element)
+        return row_maxima(like, _FLOAT, sizes, reduced, lambda *index: ops.abs(element(*index)))
 
-    # As integers, whose maximum is one instruction, where one that NaN wins is four.
-    def bits(index: Index, reduced_index: Index) -> Any:
-        return ops.to_dtype_bitcast(element(index, reduced_index), torch.int32, src_dtype=_FLOAT)
+    # As integers, whose maximum is one instruction, where one that NaN wins is four. Not by abs, after which the sign
+    # of NaN is anything.
+    def bits(*index: Index) -> Any:
+        return instruction("and.b32 $0, $1, 0x7fffffff;", element(*index), dtype=torch.int32)
 
     load = row_maxima(like, torch.int32, sizes, reduced, bits).make_loader()
 
@@ -135,23 +135,24 @@ def _given(scale: Any, k: Any) -> Any:
         return pointwise(scale, _FLOAT, scale.get_size(), load)
     # The largest of k equal numbers: where it belongs to a reduction over the row, what computes a row's scale is in
     # the kernel that quantizes the row. A copy would be a kernel of its own, as it has other sizes.
-    return _maxima(scale, scale.get_size(), [k], lambda index, column: load(index))
-
-
-def _clamped(y: Any, dtype: torch.dtype) -> Any:
-    """Quotients by computed scales are at most the largest number, or round to it."""
-    largest = LARGEST[dtype]
-    return ops.minimum(ops.maximum(y, ops.constant(-largest, _FLOAT)), ops.constant(largest, _FLOAT))
+    return row_maxima(scale, _FLOAT, scale.get_size(), [k], lambda index, column: load(index))
 
 
 def _rounded(y: Any, dtype: torch.dtype, like: Any) -> Any:
-    """As :func:`compile_moe.quantization.rounding.round_to`."""
-    if dtype is not torch.int8:
-        return ops.to_dtype(y, dtype, src_dtype=_FLOAT)
+    """As :func:`compile_moe.quantization.rounding.round_to`.
+
+    Quotients by a computed scale are clamped, too: a scale may come of numbers that inductor rounds where it stores
+    them, and loads again to divide them.
+    """
     if writes_ptx(like):
-        # Of NaN it is 0.
-        return ops.to_dtype(instruction("cvt.rni.s32.f32 $0, $1;", y, dtype=torch.int32), dtype, torch.int32)
-    y = ops.round(ops.where(ops.isnan(y), ops.constant(0.0, _FLOAT), y))
+        if dtype is torch.int8:
+            return ops.to_dtype(instruction(_TO_INT8, y, dtype=torch.int32), dtype, torch.int32)
+        # Triton's conversion, cvt.satfinite, clamps.
+        return ops.to_dtype(y, dtype, src_dtype=_FLOAT)
+    largest = LARGEST[dtype]
+    y = ops.minimum(ops.maximum(y, ops.constant(-largest, _FLOAT)), ops.constant(largest, _FLOAT))
+    if dtype is torch.int8:
+        y = ops.round(ops.where(ops.isnan(y), ops.constant(0.0, _FLOAT), y))
     return ops.to_dtype(y, dtype, src_dtype=_FLOAT)
 
 

@@ -9,11 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
-from compile_moe.ops.kernels.quantize_per_tensor import MOST_PROGRAMS
 from compile_moe.ops.kernels.token_rounding import bits_of_magnitude, quantized, row_strides, scale_of
 
 #: Elements that a program holds; a share of more is read twice.
 MOST_HELD = 8192
+#: Programs along the rows, where only the GPU knows how many count.
+MOST_PROGRAMS = 1024
 #: Elements that a program takes at least, if shares are small.
 FEW = 2048
 
