@@ -82,7 +82,8 @@ def resolve_activation(activation: ActivationLike, num_columns: int, like: Tenso
     Args:
         activation: a name, an :class:`Activation` or a callable.
         num_columns: N.
-        like: a tensor of the device and dtype that the callable will see.
+        like: a tensor of the device and dtype that a callable will see that is not pointwise. A pointwise one is
+            traced on float32, in which its program runs.
 
     Raises:
         ValueError, TypeError: no such name, or neither a name, an Activation nor a callable.
@@ -92,6 +93,11 @@ def resolve_activation(activation: ActivationLike, num_columns: int, like: Tenso
     if isinstance(activation, Activation):
         text = _named(activation.name, activation.alpha, activation.limit, activation.interleaved)
         return ResolvedActivation(text, None, "")
+    if isinstance(activation, type):
+        raise TypeError(
+            f"activation must be a name, a compile_moe.Activation or a callable, got the class {activation.__name__}; "
+            "pass an object of it"
+        )
     if not callable(activation):
         raise TypeError(
             f"activation must be a name, a compile_moe.Activation or a callable, got {type(activation).__name__}"

@@ -46,8 +46,8 @@ def fused_experts(
     Args:
         hidden_states: (M, K), bf16, fp16 or fp32 (on CPU also float64).
         w1: (E, N, K), N = 2I where the activation is gated, else I; gate rows first, then up rows, unless the
-            activation says interleaved. w2: (E, K, I). Any strides: transposed storage goes in as a view. They and
-            the biases may be replicated DTensors.
+            activation says interleaved, as "swigluoai" does by its name. w2: (E, K, I). Any strides: transposed storage
+            goes in as a view. They and the biases may be replicated DTensors.
         topk_weights: (M, topk), floating point, applied in float32.
         topk_ids: (M, topk), int32 or int64. Negative ids, ids that expert_map sends to -1, and the id that equals
             the number of experts skip their slot.
@@ -62,11 +62,12 @@ def fused_experts(
         w1_bias: (E, N), w2_bias: (E, K), or None.
 
     Returns:
-        (M, K) in hidden_states' dtype (under autocast in the autocast dtype, as torch's GEMMs).
+        (M, K) in hidden_states' dtype (under autocast in the autocast dtype, as torch's GEMMs, unless inplace).
 
     Raises:
         ValueError, TypeError: arguments that don't fit together; the message says what is accepted.
         NotImplementedError: backward through the layer (this version runs the forward only).
+        RuntimeError: inplace, and hidden_states is a leaf that requires grad.
 
     Example:
         >>> import compile_moe, torch

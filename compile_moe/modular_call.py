@@ -96,6 +96,14 @@ class ModularCall:
         )
         self._parts, self._experts, self._arguments = parts, experts, a
         E, M, N, K, topk = self._sizes = _moe_problem_size(a.hidden_states, a.w1, a.w2, a.topk_ids)
+        local = parts.experts_of_rank
+        require(
+            local is None or local == E,
+            lambda: (
+                f"w1 and w2 must hold the {local} experts of this rank, got {E}; of weights of all experts pass "
+                "w1[list(placement.local_experts[rank])], and w2 alike"
+            ),
+        )
         num_experts = a.global_num_experts
         if num_experts == -1:
             num_experts = E if a.expert_map is None else a.expert_map.size(0)

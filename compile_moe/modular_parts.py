@@ -49,6 +49,8 @@ class FusedMoEPrepareAndFinalize(ABC):
     reduce_async_counterpart: Callable[..., Tensor] | None = None
     #: Whether ``reduce`` takes the experts' results as a batch (E, max_num_tokens, K) instead of (M, topk, K).
     reduces_batches: bool = False
+    #: How many experts this rank has by a placement, which w1 and w2 must hold; None where there is none.
+    experts_of_rank: int | None = None
 
     @abstractmethod
     def prepare(

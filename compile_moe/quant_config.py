@@ -54,7 +54,7 @@ class FusedMoEQuantConfig:
             a1_scale=self.a1_scale,
             a2_scale=self.a2_scale,
         )
-        block_shape = None if self.block_shape is None else tuple(self.block_shape)
+        block_shape = _block(self.block_shape)
         facts = SchemeFacts(*_facts(self.scheme, block_shape, self.group_size))
         object.__setattr__(self, "facts", facts)
         check_zero_points(facts, self.w1_zp, self.w2_zp, complete=False)
@@ -80,8 +80,15 @@ class SchemeFacts(NamedTuple):
 
 def find_scheme(name: str, block_shape: Sequence[int] | None, group_size: int | None) -> Scheme:
     """The scheme that a caller names, with its sizes."""
-    block = None if block_shape is None else tuple(block_shape)
-    return make_scheme(name, block_shape=block, group_size=group_size)
+    return make_scheme(name, block_shape=_block(block_shape), group_size=group_size)
+
+
+def _block(block_shape: Sequence[int] | None) -> tuple[int, ...] | None:
+    if block_shape is None:
+        return None
+    if not isinstance(block_shape, Sequence):
+        raise TypeError(f"block_shape must be two ints, rows and columns, got {block_shape!r}")
+    return tuple(block_shape)
 
 
 @constant_in_graphs

@@ -72,7 +72,7 @@ def check_quantizable(name: str, w: Tensor, scheme: Scheme, zero_points: bool = 
     if k % scheme.column_multiple:
         raise ValueError(
             f"scheme {scheme.text} needs a K that is a multiple of {scheme.column_multiple}, got {name} (E, N, K) = "
-            f"{tuple(w.shape)}; use another group size"
+            f"{tuple(w.shape)}{scheme.other_columns}"
         )
     if zero_points and scheme.zero_point_shape(num_experts, n, k) is None:
         raise ValueError(f"scheme {scheme.text} has no zero points: zero_points must be False")

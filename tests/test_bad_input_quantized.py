@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 import compile_moe
 from compile_moe import FusedMoEModularKernel, MoEPrepareAndFinalizeNoEP, TorchExperts, TritonExperts
+from tests.support.oracle import make_layer
 from tests.support.quantized import VARIANTS, Quantized, Variant, make_quantized
 from tests.support.quantized_inputs import STAGES, op, stage_inputs
 
@@ -260,10 +261,29 @@ def test_config_of_the_parts_differs(experts: str) -> None:
 
 def test_quantized_weights_without_a_config() -> None:
     q = make_quantized(CHANNEL)
-    with pytest.raises(
-        TypeError, match=r"w1 must have the dtype of hidden_states, .*got torch.float8_e4m3fn"
-    ):
+    with pytest.raises(TypeError, match=r"w1 must be .*16 bits.*got torch.float8_e4m3fn.*pass quant_config="):
         compile_moe.fused_experts(*q.args)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"w1 must be .*16 bits"):
+        compile_moe.fused_experts(*q.args)
+
+
+def test_unquantized_weights_with_a_config_of_packed_ones() -> None:
+    layer = make_layer(K=64, I=64)
+    scale = torch.ones(1)
+    config = compile_moe.FusedMoEQuantConfig("mxfp4_w4a16", w1_scale=scale, w2_scale=scale)
+    with pytest.raises(
+        TypeError, match=r"2 numbers in an element of uint8, got torch.float32 .*quantize_weights"
+    ):
+        compile_moe.fused_experts(*layer.args, quant_config=config)
+
+
+def test_sizes_that_are_none() -> None:
+    with pytest.raises(TypeError, match="block_shape must be two ints, rows and columns, got 128"):
+        compile_moe.FusedMoEQuantConfig("fp8_w8a8_block", block_shape=128)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"multiple of 32, got w .*\(2, 8, 70\)$"):
+        compile_moe.quantize_weights(torch.ones(2, 8, 70), "mxfp4_w4a16")
+    with pytest.raises(ValueError, match=r"multiple of 128, got w .*\(2, 8, 70\); use another group size$"):
+        compile_moe.quantize_weights(torch.ones(2, 8, 70), "int4_w4a16")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

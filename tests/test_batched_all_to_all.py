@@ -187,6 +187,12 @@ def test_what_all_parts_over_a_group_check(fake_group: None) -> None:
         kernel(*layer.args)
     with pytest.raises(ValueError, match="expert_map is missing"):
         kernel(*layer.args, global_num_experts=8)
+    other = ExpertPlacement.round_robin(E, 2).expert_map(0)
+    with pytest.raises(ValueError, match=r"expert_map must be that of the placement, .* got another"):
+        kernel(*layer.args, expert_map=other)
+    whole = make_layer(E=E)
+    with pytest.raises(ValueError, match=r"hold the 4 experts of this rank, got 8; .*w1\[list\(placement"):
+        kernel(*whole.args, expert_map=parts.expert_map)
 
 
 @pytest.mark.gpu

@@ -117,7 +117,9 @@ def kernels_of_points(ceilings: Ceilings, measured: Sequence[tuple[int, float, f
 
 def check_ranks(num_ranks: int, num_experts: int) -> None:
     """Raise Refusal unless each rank has as many experts, or each expert as many ranks."""
-    if num_ranks < 1 or max(num_ranks, num_experts) % min(num_ranks, num_experts):
+    if num_ranks < 1:
+        raise Refusal(f"--ranks must be at least 1, got {num_ranks}")
+    if max(num_ranks, num_experts) % min(num_ranks, num_experts):
         raise Refusal(
             f"--ranks must divide the {num_experts} experts or be a multiple of them, got {num_ranks}"
         )

@@ -119,11 +119,20 @@ class BatchedExperts(BuiltInExperts):
 
 
 class BatchedTritonExperts(BatchedExperts, TritonExperts):
-    """:class:`TritonExperts` in the batched format: the same kernels, which have no tile for rows without tokens."""
+    """:class:`TritonExperts` in the batched format: the same kernels, which have no tile for rows without tokens.
+
+    Args:
+        max_num_tokens: rows of each expert, at least 1.
+        w1_bias, w2_bias, quant_config: as for :class:`TritonExperts`.
+    """
 
 
 class BatchedTorchExperts(BatchedExperts, TorchExperts):
     """:class:`TorchExperts` in the batched format: plain PyTorch, for any device.
 
     On CUDA it synchronizes, and can't be captured.
+
+    Args:
+        max_num_tokens: rows of each expert, at least 1.
+        w1_bias, w2_bias, quant_config: as for :class:`TorchExperts`.
     """

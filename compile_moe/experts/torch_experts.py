@@ -79,6 +79,12 @@ class TorchExperts(BuiltInExperts):
     """Gather, one GEMM an expert, activation, one GEMM an expert, scatter, each in plain PyTorch.
 
     The per-expert loop reads the token counts on the host: on CUDA it synchronizes and can't be captured.
+
+    Args:
+        w1_bias: (E, N), added before the activation, or None. w2_bias: (E, K), added to each expert's output before it
+            is weighted, or None.
+        quant_config: a :class:`compile_moe.FusedMoEQuantConfig`: how the weights, and the tokens from ``prepare``, are
+            quantized; or None.
     """
 
     def sort_tokens(

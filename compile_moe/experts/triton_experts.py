@@ -23,6 +23,12 @@ class TritonExperts(BuiltInExperts):
 
     An activation that is no function of one gate and one up element, and an overridden ``activation`` method, run
     between the GEMMs instead of in the epilogue.
+
+    Args:
+        w1_bias: (E, N), added before the activation, or None. w2_bias: (E, K), added to each expert's output before it
+            is weighted, or None.
+        quant_config: a :class:`compile_moe.FusedMoEQuantConfig`: how the weights, and the tokens from ``prepare``, are
+            quantized; or None.
     """
 
     def sort_tokens(

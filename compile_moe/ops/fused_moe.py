@@ -30,8 +30,10 @@ from compile_moe.ops.problem_size import (
     check_float_dtype,
     check_ids,
     check_same,
+    refuse_stored,
     require,
     require_int,
+    require_type,
     shape,
 )
 from compile_moe.ops.registry import define_composite, implementation
@@ -83,7 +85,7 @@ def check_routing(
         hidden_states.size(1) == k,
         lambda: (
             f"hidden_states (M, K), w1 (E, N, K) and w2 (E, K, I) must agree in K, got {shape(hidden_states)}, "
-            f"{shape(w1)} and {shape(w2)}"
+            f"{shape(w1)} and {shape(w2)}{_if_transposed(hidden_states, w1, w2)}"
         ),
     )
     check_ids(topk_ids)
@@ -105,17 +107,24 @@ def check_experts(
     expert_map: Tensor | None,
 ) -> None:
     """Check the tokens that experts with float weights get, their weights, and the space of the ids."""
+    refuse_stored(w1=w1, w2=w2)
     k = w2.size(1)
     require(
         hidden_states.size(-1) == k and w1.size(2) == k,
         lambda: (
             f"hidden_states (M, K), w1 (E, N, K) and w2 (E, K, I) must agree in K, got {shape(hidden_states)}, "
-            f"{shape(w1)} and {shape(w2)}"
+            f"{shape(w1)} and {shape(w2)}{_if_transposed(hidden_states, w1, w2)}"
         ),
     )
     if not is_autocast(hidden_states.device.type):
         check_same("hidden_states", hidden_states, w1=w1, w2=w2)
     check_id_space(w1, topk_ids, global_num_experts, expert_map)
+
+
+def _if_transposed(hidden_states: Tensor, w1: Tensor, w2: Tensor) -> str:
+    """What to do, where the weights' last two dimensions would fit the other way round."""
+    fits = hidden_states.size(-1) in (w1.size(1), w2.size(2))
+    return "; weights stored as (E, K, N) and (E, I, K) go in as w.transpose(1, 2)" if fits else ""
 
 
 def check_id_space(w1: Tensor, topk_ids: Tensor, global_num_experts: int, expert_map: Tensor | None) -> None:
@@ -150,14 +159,27 @@ def check_biases(w1: Tensor, w2: Tensor, w1_bias: Tensor | None, w2_bias: Tensor
 def check_intermediate(w1: Tensor, w2: Tensor, activation: object, gated: bool, packed: int = 1) -> None:
     """Check w1's N against w2's I, of which an element of w2 holds ``packed``."""
     n, i = w1.size(1), w2.size(2) * packed
+    if packed > 1:
+        require_type(
+            not (w1.dtype.is_floating_point or w2.dtype.is_floating_point),
+            lambda: (
+                f"w1 and w2 must hold {packed} numbers in an element of uint8, got {w1.dtype} and {w2.dtype}; quantize "
+                "them with compile_moe.quantize_weights, or leave out the quant_config"
+            ),
+        )
     require(
         n == (2 * i if gated else i),
         lambda: (
-            f"w1 (E, N, K) must have N = {'2 * I' if gated else 'I'} for w2 (E, K, I), since activation "
-            f"{activation!r} maps N columns to {'N / 2' if gated else 'N'}, got {shape(w1)} and {shape(w2)}"
+            f"w1 (E, N, K) must have N = {'2 * I' if gated else 'I'} for w2 (E, K, I), since {_called(activation)} "
+            f"maps N columns to {'N / 2' if gated else 'N'}, got {shape(w1)} and {shape(w2)}"
             f"{f', which holds {packed} columns in an element' if packed > 1 else ''}"
         ),
     )
+
+
+def _called(activation: object) -> str:
+    """In an error: the program of a callable says nothing to who wrote it."""
+    return "the activation" if ";" in str(activation) else f"activation {activation!r}"
 
 
 def run_experts(

@@ -129,6 +129,19 @@ def check_same(reference_name: str, reference: Tensor, **others: Tensor | None) 
         check_device(reference_name, reference, **{name: t})
 
 
+def refuse_stored(**weights: Tensor) -> None:
+    """Raise TypeError for weights in a dtype that only quantized layers have; autocast must not convert them either."""
+    for name, w in weights.items():
+        require_type(
+            w.dtype.is_floating_point and w.dtype.itemsize > 1,
+            lambda: (
+                f"{name} must be floating point of 16 bits or more, got {w.dtype}, as weights are stored that are "  # noqa: B023
+                "quantized: pass quant_config=compile_moe.FusedMoEQuantConfig(scheme, w1_scale=..., w2_scale=...), or "
+                "convert them with compile_moe.dequantize_weights"
+            ),
+        )
+
+
 def check_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
     for name, t in others.items():
         if t is not None and t.device != reference.device:

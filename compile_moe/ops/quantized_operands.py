@@ -95,7 +95,7 @@ def check_quantized_weight(
         num_columns % scheme.column_multiple == 0,
         lambda: (
             f"scheme {scheme.text} needs columns of {name} ({sizes}) that are a multiple of "
-            f"{scheme.column_multiple}, got {sized}; use another group size"
+            f"{scheme.column_multiple}, got {sized}{scheme.other_columns}"
         ),
     )
     expected = scheme.weight_shape(*sized)

@@ -67,8 +67,9 @@ def check_id_values(topk_ids: Tensor, num_experts: int, expert_map: Tensor | Non
     """Raise ValueError for ids, and for values of expert_map, that name experts beyond the last. Reads data."""
     num_global = num_experts if expert_map is None else expert_map.size(0)
     if topk_ids.numel() and int(topk_ids.max()) > num_global:
+        which = "" if expert_map is None else "the length of expert_map; "
         raise ValueError(
-            f"topk_ids must be below the number of experts, {num_global} (the slot is skipped if equal to it, "
+            f"topk_ids must be below the number of experts, {num_global} ({which}the slot is skipped if equal to it, "
             f"or negative), got {int(topk_ids.max())}"
         )
     if expert_map is not None and expert_map.numel() and int(expert_map.max()) >= num_experts:

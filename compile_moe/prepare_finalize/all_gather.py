@@ -25,7 +25,7 @@ class AllGatherPrepareAndFinalize(ExpertParallelPrepareAndFinalize):
     experts a token and small batches; :class:`AllToAllPrepareAndFinalize` sends less where topk is well below R.
 
     Args:
-        placement, group, quant_config, device, tensor_parallel_size: see :class:`GroupPrepareAndFinalize`.
+        placement, group, quant_config, device, tensor_parallel_size: see :class:`AllToAllPrepareAndFinalize`.
         num_tokens: what is known of the ranks' token counts.
 
             - "exchanged": nothing. Each call exchanges them, for which the host waits once, and pads to the largest.

@@ -73,6 +73,7 @@ class GroupPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         #: In the placement.
         self.rank_of_experts = self.group.rank // tensor_parallel_size
         self.expert_map = placement.expert_map(self.rank_of_experts, device)
+        self.experts_of_rank = len(placement.local_experts[self.rank_of_experts])
         self.owner_tables = placement.owner_tables(device)
         self._way_back: Any = None
         self._sources: tuple[Tensor, ...] = ()
@@ -120,6 +121,8 @@ class GroupPrepareAndFinalize(FusedMoEPrepareAndFinalize):
                     "expert_map=prepare_finalize.expert_map to the layer"
                 ),
             )
+        else:
+            self._check_map(expert_map)
         require(
             topk_ids.device == self.owner_tables.ranks.device,
             lambda: (
@@ -140,6 +143,18 @@ class GroupPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         if self.quant_config is None:
             tokens = in_autocast_dtype(tokens)
         return self.send(tokens, scale, topk_weights, topk_ids)
+
+    def _check_map(self, expert_map: Tensor) -> None:
+        """Raise ValueError for another map than this part's, where that is seen without waiting for a GPU."""
+        if expert_map is self.expert_map or torch.compiler.is_compiling() or type(expert_map) is not Tensor:
+            return
+        if expert_map.device.type == "cpu" and not torch.equal(
+            expert_map.long(), self.expert_map.cpu().long()
+        ):
+            raise ValueError(
+                "expert_map must be that of the placement, prepare_finalize.expert_map, got another: tokens would "
+                "reach experts that they are not for"
+            )
 
     def _returned(self, result: Callable[[], Tensor], expert_output: Tensor) -> Callable[[], Tensor]:
         """What a call gives back, also to autograd."""

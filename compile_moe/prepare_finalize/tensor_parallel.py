@@ -56,6 +56,7 @@ class TensorParallelPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         self.prepare_finalize = parts
         self.group = find_group(group)
         self.reduces_batches = parts.reduces_batches
+        self.experts_of_rank = parts.experts_of_rank
 
     def prepare(self, *arguments: Any, **options: Any) -> Any:
         """The part's."""
