@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -58,6 +59,9 @@ class Generator:
 
         self.prompt = prompt
         self.max_new_tokens = max_new_tokens
+        # past_key_values in transformers 5.17, cache in 5.24.
+        names = inspect.signature(model.forward).parameters
+        self.cache_name = "cache" if "cache" in names else "past_key_values"
         self.cache = StaticCache(config=model.config, max_cache_len=prompt.size(1) + max_new_tokens)
         self.prefill(model)
 
@@ -70,7 +74,7 @@ class Generator:
         """Logits (S, V) of the next S tokens, ids (1, S)."""
         # Under reduce-overhead the next call overwrites what this one returns.
         torch.compiler.cudagraph_mark_step_begin()
-        logits: Tensor = forward(ids, past_key_values=self.cache, use_cache=True).logits
+        logits: Tensor = forward(ids, **{self.cache_name: self.cache}, use_cache=True).logits
         return logits[0].clone()
 
     def generate(self, forward: Forward) -> Generation:
