@@ -86,7 +86,7 @@ def find_scheme(name: str, block_shape: Sequence[int] | None, group_size: int | 
 def _block(block_shape: Sequence[int] | None) -> tuple[int, ...] | None:
     if block_shape is None:
         return None
-    if not isinstance(block_shape, Sequence):
+    if not hasattr(block_shape, "__iter__"):
         raise TypeError(f"block_shape must be two ints, rows and columns, got {block_shape!r}")
     return tuple(block_shape)
 

@@ -263,8 +263,15 @@ def test_quantized_weights_without_a_config() -> None:
     q = make_quantized(CHANNEL)
     with pytest.raises(TypeError, match=r"w1 must be .*16 bits.*got torch.float8_e4m3fn.*pass quant_config="):
         compile_moe.fused_experts(*q.args)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"w1 must be .*16 bits"):
-        compile_moe.fused_experts(*q.args)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match=r"w1 must be .*16 bits"):
+            compile_moe.fused_experts(*q.args)
+        x, w1, _, _, ids = q.args
+        order = compile_moe.ops.sort_tokens(ids, w1.size(0))
+        with pytest.raises(
+            TypeError, match=r"w1 must have the dtype of hidden_states, .*got torch.float8_e4m3fn"
+        ):
+            compile_moe.ops.gather_gemm(x, w1, *order, ids.size(1))
 
 
 def test_unquantized_weights_with_a_config_of_packed_ones() -> None:

@@ -188,8 +188,12 @@ def test_what_all_parts_over_a_group_check(fake_group: None) -> None:
     with pytest.raises(ValueError, match="expert_map is missing"):
         kernel(*layer.args, global_num_experts=8)
     other = ExpertPlacement.round_robin(E, 2).expert_map(0)
-    with pytest.raises(ValueError, match=r"expert_map must be that of the placement, .* got another"):
+    with pytest.raises(
+        ValueError, match=r"expert_map must have the experts of this rank, .* got one of others"
+    ):
         kernel(*layer.args, expert_map=other)
+    mine = parts.expert_map
+    parts._check_map(torch.where(mine >= 0, 3 - mine, mine))  # another order of the same experts
     whole = make_layer(E=E)
     with pytest.raises(ValueError, match=r"hold the 4 experts of this rank, got 8; .*w1\[list\(placement"):
         kernel(*whole.args, expert_map=parts.expert_map)

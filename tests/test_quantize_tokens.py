@@ -117,6 +117,10 @@ def test_compiled_behind_what_is_rounded(scaling: str, device: str) -> None:
     largest = 127 if quantized.dtype is torch.int8 else 448
     assert (quantized.float() >= 0.7 * largest).all() and (quantized.float() <= largest).all()
     assert ((scales * largest - 3.5).abs() < 0.51).all()
+    # Infinite where it is stored, by a scale that may be finite.
+    a = b = torch.full((4, 4096), 35000.0, dtype=torch.float16, device=device)
+    _, quantized, scales = torch.compile(function, fullgraph=True)(a, b, torch.zeros_like(a))
+    assert scales.isinf().all() or (quantized.float() == largest).all()
 
 
 @pytest.mark.parametrize("kind", GIVEN)

@@ -20,10 +20,12 @@ from compile_moe.quantization import TokenScaling, parse_scaling
 from compile_moe.quantization.rounding import LARGEST, LEAST_SCALE
 
 _FLOAT = torch.float32
-#: y = x * reciprocal, corrected twice by what is left of x; see ``ops/kernels/token_rounding.py``.
+#: y = x * reciprocal, corrected twice by what is left of x, unless it is no finite number; see
+#: ``ops/kernels/token_rounding.py``.
 _CORRECTED_QUOTIENT = (
-    "{ .reg .f32 x, y, e; mul.rn.f32 x, $1, $2; mul.rn.f32 y, x, $3; fma.rn.f32 e, y, $4, x; "
-    "fma.rn.f32 y, e, $3, y; fma.rn.f32 e, y, $4, x; fma.rn.f32 y, e, $3, y; copysign.f32 $0, x, y; }"
+    "{ .reg .f32 x, p, y, e; .reg .pred f; mul.rn.f32 x, $1, $2; mul.rn.f32 p, x, $3; fma.rn.f32 e, p, $4, x; "
+    "fma.rn.f32 y, e, $3, p; fma.rn.f32 e, y, $4, x; fma.rn.f32 y, e, $3, y; abs.f32 e, p; "
+    "setp.lt.f32 f, e, 0f7f800000; selp.f32 y, y, p, f; copysign.f32 $0, x, y; }"
 )
 #: Rounded to even, 0 of NaN, and clamped.
 _TO_INT8 = "{ .reg .s32 q; cvt.rni.s32.f32 q, $1; max.s32 q, q, -127; min.s32 $0, q, 127; }"

@@ -245,11 +245,13 @@ def _refuse_grad(name: str, values: tuple[Any, ...]) -> None:
 
 def _autocast(op: torch._ops.OpOverload, device_type: str) -> Callable[..., Any]:
     def cast(value: Any, dtype: torch.dtype) -> Any:
-        # float64 and tensors of other devices keep their dtype, as in torch's own autocast rules.
+        # float64 and tensors of other devices keep their dtype, as in torch's own autocast rules; what is stored in
+        # float8 means nothing without its scale.
         eligible = (
             isinstance(value, Tensor)
             and value.is_floating_point()
             and value.dtype is not torch.float64
+            and value.dtype.itemsize > 1
             and value.device.type == device_type
         )
         return value.to(dtype) if eligible else value

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from compile_moe.expert_placement import ExpertPlacement
 from compile_moe.modular_parts import FusedMoEPrepareAndFinalize, PrepareResult
@@ -145,15 +146,19 @@ class GroupPrepareAndFinalize(FusedMoEPrepareAndFinalize):
         return self.send(tokens, scale, topk_weights, topk_ids)
 
     def _check_map(self, expert_map: Tensor) -> None:
-        """Raise ValueError for another map than this part's, where that is seen without waiting for a GPU."""
+        """Raise ValueError for a map of other experts than this rank's, where that is seen without waiting for a GPU.
+        Their order may be the caller's.
+        """
         if expert_map is self.expert_map or torch.compiler.is_compiling() or type(expert_map) is not Tensor:
             return
-        if expert_map.device.type == "cpu" and not torch.equal(
-            expert_map.long(), self.expert_map.cpu().long()
-        ):
+        if expert_map.device.type != "cpu":
+            return
+        with _disable_current_modes():
+            is_same = torch.equal(expert_map >= 0, self.expert_map.cpu() >= 0)
+        if not is_same:
             raise ValueError(
-                "expert_map must be that of the placement, prepare_finalize.expert_map, got another: tokens would "
-                "reach experts that they are not for"
+                "expert_map must have the experts of this rank, as prepare_finalize.expert_map has, got one of others: "
+                "tokens would reach experts that they are not for"
             )
 
     def _returned(self, result: Callable[[], Tensor], expert_output: Tensor) -> Callable[[], Tensor]:
