@@ -17,7 +17,7 @@ from compile_moe.modular_parts import (
     PrepareResult,
     is_method,
 )
-from compile_moe.ops.fused_moe import check_call
+from compile_moe.ops.layer_checks import check_call
 from compile_moe.ops.problem_size import (
     _moe_problem_size,
     require,

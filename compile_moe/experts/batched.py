@@ -34,9 +34,7 @@ class BatchedExperts(BuiltInExperts):
 
     Args:
         max_num_tokens: rows of each expert, at least 1.
-        w1_bias: (E, N), added before the activation, or None.
-        w2_bias: (E, K), added to each expert's output before it is weighted, or None.
-        quant_config: how the weights and the tokens from ``prepare`` are quantized, or None.
+        w1_bias, w2_bias, quant_config: as for :class:`TritonExperts`.
 
     Raises:
         ValueError, TypeError: max_num_tokens is no positive int; in ``apply``, tokens in another format or of other
@@ -134,5 +132,5 @@ class BatchedTorchExperts(BatchedExperts, TorchExperts):
 
     Args:
         max_num_tokens: rows of each expert, at least 1.
-        w1_bias, w2_bias, quant_config: as for :class:`TorchExperts`.
+        w1_bias, w2_bias, quant_config: as for :class:`TritonExperts`.
     """

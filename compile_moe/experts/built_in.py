@@ -13,7 +13,7 @@ from compile_moe.dtensor_weights import is_dtensor, shard_of_experts
 from compile_moe.experts.ordered_rows import OrderedRows
 from compile_moe.experts.quantized import QuantizedLayer
 from compile_moe.modular_parts import FusedMoEPermuteExpertsUnpermute
-from compile_moe.ops.fused_moe import check_biases, check_experts, check_id_space, is_autocast
+from compile_moe.ops.layer_checks import check_biases, check_experts, check_id_space, is_autocast
 from compile_moe.ops.problem_size import require, require_optional_tensors, shape
 from compile_moe.quant_config import (
     FusedMoEQuantConfig,
@@ -29,12 +29,7 @@ from compile_moe.quant_config import (
 class BuiltInExperts(FusedMoEPermuteExpertsUnpermute):
     """Base of the built-in experts.
 
-    Args:
-        w1_bias: (E, N), added before the activation, or None.
-        w2_bias: (E, K), added to each expert's output before it is weighted, or None. Both may be DTensors, as w1
-            and w2 of :class:`compile_moe.FusedMoEModularKernel` may.
-        quant_config: how the weights and the tokens from ``prepare`` are quantized, or None. Results then have
-            workspace13's dtype (under autocast, the autocast dtype): quantized tokens don't say what they were.
+    For arguments see :class:`TritonExperts`.
     """
 
     def __init__(

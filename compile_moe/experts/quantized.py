@@ -11,7 +11,7 @@ from torch import Tensor
 from compile_moe.activations import ActivationLike, call_activation, resolve_activation
 from compile_moe.experts.ordered_rows import OrderedRows
 from compile_moe.modular_parts import FusedMoEPermuteExpertsUnpermute
-from compile_moe.ops.fused_moe import check_intermediate
+from compile_moe.ops.layer_checks import check_intermediate
 from compile_moe.ops.quantize_tokens import quantize_tokens
 from compile_moe.quant_config import SchemeFacts
 

@@ -11,8 +11,8 @@ from compile_moe.experts.ordered_rows import OrderedRows
 from compile_moe.experts.quantized import QuantizedLayer, Stages, run_quantized, without_skipped
 from compile_moe.graph_constants import constant_in_graphs
 from compile_moe.ops.epilogue import ProgramTuples, evaluate_steps, parse
-from compile_moe.ops.fused_moe import check_intermediate
 from compile_moe.ops.grouped_linear import grouped_linear
+from compile_moe.ops.layer_checks import check_intermediate
 from compile_moe.ops.quantized_grouped_linear import quantized_grouped_linear
 from compile_moe.ops.sort_batch import sort_batch_torch
 from compile_moe.ops.sort_tokens import sort_tokens, sort_tokens_torch
@@ -81,10 +81,7 @@ class TorchExperts(BuiltInExperts):
     The per-expert loop reads the token counts on the host: on CUDA it synchronizes and can't be captured.
 
     Args:
-        w1_bias: (E, N), added before the activation, or None. w2_bias: (E, K), added to each expert's output before it
-            is weighted, or None.
-        quant_config: a :class:`compile_moe.FusedMoEQuantConfig`: how the weights, and the tokens from ``prepare``, are
-            quantized; or None.
+        w1_bias, w2_bias, quant_config: as for :class:`TritonExperts`.
     """
 
     def sort_tokens(

@@ -8,8 +8,9 @@ from compile_moe.activations import ActivationLike, call_activation, resolve_act
 from compile_moe.experts.built_in import BuiltInExperts
 from compile_moe.experts.ordered_rows import OrderedRows
 from compile_moe.experts.quantized import QuantizedLayer, Stages, run_quantized
-from compile_moe.ops.fused_moe import check_intermediate, run_gemms
+from compile_moe.ops.fused_moe import run_gemms
 from compile_moe.ops.gather_gemm import gather_gemm
+from compile_moe.ops.layer_checks import check_intermediate
 from compile_moe.ops.quantized_gather_gemm import quantized_gather_gemm
 from compile_moe.ops.quantized_scatter_gemm import quantized_scatter_gemm
 from compile_moe.ops.registry import implementation
@@ -25,10 +26,12 @@ class TritonExperts(BuiltInExperts):
     between the GEMMs instead of in the epilogue.
 
     Args:
-        w1_bias: (E, N), added before the activation, or None. w2_bias: (E, K), added to each expert's output before it
-            is weighted, or None.
-        quant_config: a :class:`compile_moe.FusedMoEQuantConfig`: how the weights, and the tokens from ``prepare``, are
-            quantized; or None.
+        w1_bias: (E, N), added before the activation, or None.
+        w2_bias: (E, K), added to each expert's output before it is weighted, or None. Both may be DTensors, as w1
+            and w2 of :class:`compile_moe.FusedMoEModularKernel` may.
+        quant_config: a :class:`compile_moe.FusedMoEQuantConfig`: how the weights and the tokens from ``prepare`` are
+            quantized, or None. Results then have workspace13's dtype (under autocast, the autocast dtype): quantized
+            tokens don't say what they were.
     """
 
     def sort_tokens(

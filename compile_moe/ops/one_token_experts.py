@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from compile_moe.ops.epilogue import parse
-from compile_moe.ops.fused_moe import check_biases, check_call, check_experts, check_intermediate
 from compile_moe.ops.gather_gemm import gather_gemm
 from compile_moe.ops.kernels.one_token import launches as kernels
 from compile_moe.ops.kernels.tiles import is_vectorized
+from compile_moe.ops.layer_checks import check_biases, check_call, check_experts, check_intermediate
 from compile_moe.ops.problem_size import check_same, check_weight, require, shape
 from compile_moe.ops.registry import OutputSpec, define_op
 from compile_moe.ops.scatter_gemm import scatter_gemm

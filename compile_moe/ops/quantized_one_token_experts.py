@@ -31,8 +31,8 @@ from torch import Tensor
 
 from compile_moe.ops.epilogue import parse
 from compile_moe.ops.float8_support import no_float8
-from compile_moe.ops.fused_moe import check_id_space, check_intermediate, check_routing
 from compile_moe.ops.kernels.quantized.one_token import launches as kernels
+from compile_moe.ops.layer_checks import check_id_space, check_intermediate, check_routing
 from compile_moe.ops.problem_size import require, shape
 from compile_moe.ops.quantize_tokens import quantize_tokens
 from compile_moe.ops.quantized_format import check_capability, weight_format

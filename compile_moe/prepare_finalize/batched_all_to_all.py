@@ -55,7 +55,7 @@ class BatchedAllToAllPrepareAndFinalize(GroupPrepareAndFinalize):
     The experts are BatchedTritonExperts or BatchedTorchExperts of :attr:`max_num_tokens` tokens.
 
     Args:
-        placement, group, quant_config, device: see :class:`GroupPrepareAndFinalize`.
+        placement, group, quant_config, device: see :class:`AllToAllPrepareAndFinalize`.
         max_tokens_per_rank: P, at least 1, the same on all ranks. A rank that breaks this breaks the collectives: an
             error or wrong results, as the backend has it.
 

@@ -18,7 +18,7 @@ from compile_moe.prepare_finalize.token_rows import TokenRows, token_rows
 class ExpertParallelPrepareAndFinalize(GroupPrepareAndFinalize):
     """Base of the classes that send rows of tokens, and get one row back for each: its weighted sum there.
 
-    For arguments, attributes and errors see :class:`GroupPrepareAndFinalize`.
+    For arguments, attributes and errors see :class:`AllToAllPrepareAndFinalize`.
     """
 
     @abstractmethod

@@ -25,22 +25,7 @@ class GroupPrepareAndFinalize(FusedMoEPrepareAndFinalize):
     A layer calls ``prepare`` and then ``finalize`` once: in between, the object remembers how the rows come back.
     All ranks of the group call the layer together, in the same order with their other collectives.
 
-    Args:
-        placement: the experts of each rank of the group; w1, w2 and their scales are this rank's.
-        group: a ``torch.distributed.ProcessGroup``, or None for the default group.
-        quant_config: how the experts want their tokens quantized, or None. Quantized tokens are sent as such, each with
-            its scale. A computed scale per tensor is that of the sending rank's tokens.
-        device: where the tokens are; None for the current CUDA device where the group's backend is NCCL, else the CPU.
-        tensor_parallel_size: t, ranks that share the experts of one rank of the placement: ranks t * r … t * r + t - 1
-            of the group have, of each expert of rank r, 1 / t of the intermediate size, as
-            :class:`TensorParallelPrepareAndFinalize` describes it. Their results are summed on the way back, too.
-
-    Attributes:
-        expert_map: (num_experts,) int32 on ``device``: pass it to the layer's call.
-
-    Raises:
-        RuntimeError: torch.distributed is not initialized.
-        ValueError, TypeError: a placement for another number of ranks, or arguments of other kinds.
+    For arguments, attributes and errors see :class:`AllToAllPrepareAndFinalize`.
     """
 
     def __init__(

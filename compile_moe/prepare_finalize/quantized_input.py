@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compile_moe.ops.fused_moe import is_autocast, weight_input
+from compile_moe.ops.fused_moe import weight_input
+from compile_moe.ops.layer_checks import is_autocast
 from compile_moe.ops.problem_size import require, shape
 from compile_moe.ops.quantize_tokens import quantize_tokens
 from compile_moe.quant_config import FusedMoEQuantConfig, check_static_scale, given_once, refuse_scales

@@ -87,14 +87,14 @@ class Scheme(ABC):
         return 1, None
 
     @property
-    def other_columns(self) -> str:
-        """What to do where K is no such multiple, for errors."""
-        return "; use another group size" if hasattr(self, "group_size") else ""
-
-    @property
     def column_multiple(self) -> int:
         """What K must be a multiple of."""
         return self.packed
+
+    @property
+    def other_columns(self) -> str:
+        """What to do where K is no such multiple, for errors."""
+        return "; use another group size" if hasattr(self, "group_size") else ""
 
     @abstractmethod
     def scale_shape(self, num_experts: int, n: int, k: int) -> tuple[int, ...]:
