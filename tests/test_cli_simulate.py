@@ -133,7 +133,6 @@ def test_the_table_and_the_picture(tmp_path: Path) -> None:
     [
         (("--ranks", "3"), "--ranks must divide the 8 experts or be a multiple of them, got 3"),
         (("--ranks", "8,0"), "--ranks must be at least 1, got 0"),
-        (("--ranks", "0"), "got 0"),
         (("--tokens", "0"), "--tokens must be at least 1, got 0"),
         (("--network-bandwidth", "0"), "--network-bandwidth must be positive, got 0"),
         (("--node-latency", "-1"), "--node-latency must not be negative, got -1"),
