@@ -13,9 +13,44 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from compile_moe.ops.kernels.warp_specialized.compat import view, warps_barrier
 from compile_moe.ops.kernels.warp_specialized.decoding_products import multiply_decoded
-from compile_moe.ops.kernels.warp_specialized.ring import find_tile, next_stage
+from compile_moe.ops.kernels.warp_specialized.ring import announced_tile, next_stage
 from compile_moe.ops.kernels.warp_specialized.store import halves, row_slots, store_chunk
 from compile_moe.ops.kernels.warp_specialized.weight_rows import weight_rows
+
+
+@gluon.jit
+def start_products(
+    w_smem,
+    x_smem,
+    tail_smem,
+    stage,
+    acc,
+    tail,
+    IS_FIRST: gl.constexpr,
+    WHICH: gl.constexpr,
+    TAIL: gl.constexpr,
+    STAGES: gl.constexpr,
+    GATHER: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+):
+    """Of a step, added to acc and tail or, of the first step, in their place; those of the step before are done."""
+    MAIN: gl.constexpr = acc.shape[1]
+    BOXES: gl.constexpr = x_smem.shape[0] // STAGES * 32 // MAIN  # of a stage
+    if GATHER:
+        # cp.async wrote x through the generic proxy.
+        fence_async_shared()
+    w = w_smem.index(2 * stage + WHICH)
+    if TRANSPOSED:
+        w = w.permute((1, 0))
+    x = view(x_smem, [STAGES * BOXES, MAIN, 64], x_smem.layout).index(stage * BOXES)
+    acc = warpgroup_mma(w, x.permute((1, 0)), acc, use_acc=not IS_FIRST, is_async=True)
+    if TAIL:
+        rest = tail_smem.index(stage)
+        tail = warpgroup_mma(w, rest.permute((1, 0)), tail, use_acc=not IS_FIRST, is_async=True)
+        acc, tail = warpgroup_mma_wait(2, deps=(acc, tail))
+    else:
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+    return acc, tail
 
 
 @gluon.jit
@@ -41,10 +76,6 @@ def consume_tile(
     num_slots,
     column8,
     columns8,
-    tiles_ptr,
-    next_tile,
-    num_row_tiles,
-    num_n,
     WHICH: gl.constexpr,
     MAIN: gl.constexpr,
     TAIL: gl.constexpr,
@@ -60,9 +91,7 @@ def consume_tile(
     HAS_ZERO: gl.constexpr,
     PACKED_ZEROS: gl.constexpr,
 ):
-    """One consumer's 64 weight rows times MAIN + TAIL tokens of a tile; then where the next tile is."""
-    x_layout: gl.constexpr = x_smem.layout
-    ROWS: gl.constexpr = x_smem.shape[0] // STAGES * 32
+    """One consumer's 64 weight rows times MAIN + TAIL tokens of a tile, whose first stage is full."""
     main_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MAIN, 16])
     tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
     acc = gl.zeros([64, MAIN], gl.float32, main_layout)
@@ -73,29 +102,21 @@ def consume_tile(
             WHICH, STAGES, EPILOGUE, INTERLEAVED, GATHER, TAIL, PACKED, GROUP, HAS_ZERO, PACKED_ZEROS,
         )  # fmt: skip
     else:
-        for k in range(num_k):
+        acc, tail = start_products(
+            w_smem, x_smem, tail_smem, stage, acc, tail, True, WHICH, TAIL, STAGES, GATHER, TRANSPOSED
+        )
+        stage, phase = next_stage(stage, phase, STAGES)
+        for _ in range(1, num_k):
             mbarrier.wait(full.index(stage), phase)
-            if GATHER:
-                # cp.async wrote x through the generic proxy.
-                fence_async_shared()
-            w = w_smem.index(2 * stage + WHICH)
-            if TRANSPOSED:
-                w = w.permute((1, 0))
-            x = view(x_smem, [STAGES * (ROWS // MAIN), MAIN, 64], x_layout).index(stage * (ROWS // MAIN))
-            acc = warpgroup_mma(w, x.permute((1, 0)), acc, is_async=True)
-            if TAIL:
-                tail = warpgroup_mma(w, tail_smem.index(stage).permute((1, 0)), tail, is_async=True)
-                acc, tail = warpgroup_mma_wait(2, deps=(acc, tail))
-            else:
-                acc = warpgroup_mma_wait(1, deps=(acc,))
-            if k > 0:
-                # The previous stage's products are done in each warp.
-                warps_barrier()
-                # Not a variable carried from the iteration before: Triton doesn't see that ``last = stage`` changes.
-                mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1)
+            acc, tail = start_products(
+                w_smem, x_smem, tail_smem, stage, acc, tail, False, WHICH, TAIL, STAGES, GATHER, TRANSPOSED
+            )
+            # The previous stage's products are done in each warp.
+            warps_barrier()
+            # Not a variable carried from the iteration before: Triton doesn't see that ``last = stage`` changes.
+            mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1)
             stage, phase = next_stage(stage, phase, STAGES)
     # Loads that the last products hide.
-    e1, f1, r1, n1 = find_tile(tiles_ptr, next_tile, num_row_tiles, num_n)
     bias = load_bias(bias_ptr, stride_bn, column8, columns8, EPILOGUE, HAS_BIAS, INTERLEAVED)
     scale = None
     if HAS_ROW_SCALE:
@@ -141,7 +162,7 @@ def consume_tile(
         store_chunk(
             tail, bias, result_smem, out_ptr, st, rows - MAIN, column8, columns8, EPILOGUE, HAS_BIAS, 32
         )
-    return stage, phase, e1, f1, r1, n1
+    return stage, phase
 
 
 @gluon.jit
@@ -201,6 +222,7 @@ def consumer(
     x_smem,
     tail_smem,
     result_smem,
+    tile_smem,
     full,
     empty,
     out_ptr,
@@ -234,8 +256,7 @@ def consumer(
         PACKED: weights that an element of the ring holds, which are decoded; 0 for those multiplied as they are.
         GROUP: columns that share a scale; 0 where rows have one, or none.
     """
-    num_row_tiles = gl.load(tiles_ptr)
-    num_tiles = num_row_tiles * num_n
+    num_tiles = gl.load(tiles_ptr) * num_n
     stage = 0
     phase = 0
     result_smem = result_smem.index(WHICH)
@@ -243,18 +264,16 @@ def consumer(
     # 64, 128 or 256 tokens, without and with a tail, of which a smaller ring has the first ones.
     BOXES: gl.constexpr = x_smem.shape[0] // STAGES
     KINDS: gl.constexpr = 6 if BOXES == 8 else 4 if BOXES == 4 else 2
-    step = gl.num_programs(0)
-    e1, f1, r1, n1 = find_tile(tiles_ptr, gl.program_id(0), num_row_tiles, num_n)
-    for tile in range(gl.program_id(0), num_tiles, step):
-        expert, first, rows, tile_n = e1, f1, r1, n1
+    for _ in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        mbarrier.wait(full.index(stage), phase)
+        expert, first, rows, tile_n = announced_tile(tile_smem, stage)
         column8 = (2 * tile_n + WHICH) * WIDTH8
         biases = bias_ptr + expert.to(gl.int64) * stride_be
         for i in gl.static_range(KINDS):
             if is_kind(rows, i):
-                stage, phase, e1, f1, r1, n1 = consume_tile(
+                stage, phase = consume_tile(
                     w_smem, x_smem, tail_smem, result_smem, full, empty, stage, phase, num_k,
                     biases, stride_bn, row_scales, stored, expert, out_ptr, slots_ptr, first, rows, num_slots,
-                    column8, columns8, tiles_ptr, tile + step, num_row_tiles, num_n,
-                    WHICH, 64 << (i // 2), i % 2 == 1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, GATHER, TRANSPOSED,
-                    HAS_ROW_SCALE, PACKED, GROUP, HAS_ZERO, PACKED_ZEROS,
+                    column8, columns8, WHICH, 64 << (i // 2), i % 2 == 1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED,
+                    GATHER, TRANSPOSED, HAS_ROW_SCALE, PACKED, GROUP, HAS_ZERO, PACKED_ZEROS,
                 )  # fmt: skip

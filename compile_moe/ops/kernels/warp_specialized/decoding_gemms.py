@@ -51,7 +51,7 @@ def decoding_gather_gemm_kernel(
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
-    w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(
+    w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty = allocate(
         x_ptr.dtype.element_ty, out_ptr.dtype.element_ty, STAGES, 129, ROWS=ROWS, STORED_BYTES=64 // PACKED
     )
     row_scales = (scale_ptr, stride_se, stride_sn)
@@ -63,25 +63,25 @@ def decoding_gather_gemm_kernel(
             (
                 consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
-                    num_slots, num_n, num_k, columns8, stride_be, stride_bn, row_scales, stored,
-                    0, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, False, GROUP == 0,
+                    w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty,
+                    out_ptr, bias_ptr, slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, stride_be, stride_bn,
+                    row_scales, stored, 0, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, False, GROUP == 0,
                     PACKED, GROUP, HAS_ZERO, PACKED_ZEROS,
                 ),
             ),
             (
                 consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
-                    num_slots, num_n, num_k, columns8, stride_be, stride_bn, row_scales, stored,
-                    1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, False, GROUP == 0,
+                    w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty,
+                    out_ptr, bias_ptr, slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, stride_be, stride_bn,
+                    row_scales, stored, 1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, False, GROUP == 0,
                     PACKED, GROUP, HAS_ZERO, PACKED_ZEROS,
                 ),
             ),
             (
                 producer_gather,
                 (
-                    w_desc, x_ptr, slots_ptr, w_smem, x_smem, tail_smem, full, empty, tiles_ptr,
+                    w_desc, x_ptr, slots_ptr, w_smem, x_smem, tail_smem, tile_smem, full, empty, tiles_ptr,
                     num_slots, num_n, num_k, row_stride16, depth16, topk, (), STAGES, EPILOGUE, EVEN_K, INTERLEAVED, 0,
                 ),
             ),
@@ -124,7 +124,7 @@ def decoding_scatter_gemm_kernel(
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
-    w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(
+    w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty = allocate(
         x_desc.dtype, out_ptr.dtype.element_ty, STAGES, 1, ROWS=ROWS, STORED_BYTES=64 // PACKED
     )
     row_scales = (scale_ptr, stride_se, stride_sn)
@@ -136,26 +136,26 @@ def decoding_scatter_gemm_kernel(
             (
                 consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
-                    num_slots, num_n, num_k, columns8, stride_be, stride_bn, row_scales, stored,
-                    0, STAGES, "none", HAS_BIAS, False, False, False, GROUP == 0,
+                    w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty,
+                    out_ptr, bias_ptr, slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, stride_be, stride_bn,
+                    row_scales, stored, 0, STAGES, "none", HAS_BIAS, False, False, False, GROUP == 0,
                     PACKED, GROUP, HAS_ZERO, PACKED_ZEROS,
                 ),
             ),
             (
                 consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
-                    num_slots, num_n, num_k, columns8, stride_be, stride_bn, row_scales, stored,
-                    1, STAGES, "none", HAS_BIAS, False, False, False, GROUP == 0,
+                    w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty,
+                    out_ptr, bias_ptr, slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, stride_be, stride_bn,
+                    row_scales, stored, 1, STAGES, "none", HAS_BIAS, False, False, False, GROUP == 0,
                     PACKED, GROUP, HAS_ZERO, PACKED_ZEROS,
                 ),
             ),
             (
                 producer_tma,
                 (
-                    w_desc, x_desc, x256_desc, w_smem, x_smem, tail_smem, full, empty, tiles_ptr, num_n, num_k,
-                    (), STAGES, "none", 0,
+                    w_desc, x_desc, x256_desc, w_smem, x_smem, tail_smem, tile_smem, full, empty,
+                    tiles_ptr, num_n, num_k, (), STAGES, "none", 0,
                 ),
             ),
         ],

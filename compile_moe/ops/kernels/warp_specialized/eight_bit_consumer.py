@@ -19,7 +19,7 @@ from compile_moe.ops.kernels.warp_specialized.compat import view, warps_barrier
 from compile_moe.ops.kernels.warp_specialized.consumer import is_kind, load_bias
 from compile_moe.ops.kernels.warp_specialized.eight_bit_sums import add_products, chunk_of, step_sums
 from compile_moe.ops.kernels.warp_specialized.float8_blocks import consume_block_tile
-from compile_moe.ops.kernels.warp_specialized.ring import find_tile, next_stage
+from compile_moe.ops.kernels.warp_specialized.ring import announced_tile, next_stage
 from compile_moe.ops.kernels.warp_specialized.row_scales import copy_row_scales, scaled
 from compile_moe.ops.kernels.warp_specialized.scale_ring import has_two_scales
 from compile_moe.ops.kernels.warp_specialized.store import row_slots, store_chunk
@@ -208,6 +208,7 @@ def eight_bit_consumer(
     tail_smem,
     result_smem,
     scales_smem,
+    tile_smem,
     full,
     empty,
     out_ptr,
@@ -239,8 +240,7 @@ def eight_bit_consumer(
     ``scales_smem`` is what ``allocate_scale_ring`` returns where BLOCK_ROWS of the weights share scales, and tiles have
     no tails then; else what ``allocate_scales`` does.
     """
-    num_row_tiles = gl.load(tiles_ptr)
-    num_tiles = num_row_tiles * num_n
+    num_tiles = gl.load(tiles_ptr) * num_n
     stage = 0
     phase = 0
     result_smem = result_smem.index(WHICH)
@@ -248,11 +248,9 @@ def eight_bit_consumer(
     # 64, 128 or 256 tokens, without and with a tail, of which a smaller ring has the first ones.
     BOXES: gl.constexpr = x_smem.shape[0] // STAGES
     KINDS: gl.constexpr = 6 if BOXES == 8 else 4 if BOXES == 4 else 2
-    step = gl.num_programs(0)
-    e1, f1, r1, n1 = find_tile(tiles_ptr, gl.program_id(0), num_row_tiles, num_n)
-    for tile in range(gl.program_id(0), num_tiles, step):
-        expert, first, rows, tile_n = e1, f1, r1, n1
-        e1, f1, r1, n1 = find_tile(tiles_ptr, tile + step, num_row_tiles, num_n)
+    for _ in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+        mbarrier.wait(full.index(stage), phase)
+        expert, first, rows, tile_n = announced_tile(tile_smem, stage)
         biases = bias_ptr + expert.to(gl.int64) * stride_be
         if BLOCK_ROWS:
             for i in gl.static_range(0, KINDS, 2):

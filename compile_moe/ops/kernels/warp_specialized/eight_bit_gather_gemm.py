@@ -71,7 +71,7 @@ def eight_bit_gather_gemm_kernel(
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
-    w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(
+    w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty = allocate(
         x_ptr.dtype.element_ty, out_ptr.dtype.element_ty, STAGES, 129, ROWS=ROWS, TAILS=not BLOCK_ROWS
     )
     if BLOCK_ROWS:
@@ -86,7 +86,7 @@ def eight_bit_gather_gemm_kernel(
             (
                 eight_bit_consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, scales_smem, full, empty,
+                    w_smem, x_smem, tail_smem, result_smem, scales_smem, tile_smem, full, empty,
                     out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
                     slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, topk,
                     stride_be, stride_bn, stride_se, stride_sn, stride_xsm,
@@ -96,7 +96,7 @@ def eight_bit_gather_gemm_kernel(
             (
                 eight_bit_consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, scales_smem, full, empty,
+                    w_smem, x_smem, tail_smem, result_smem, scales_smem, tile_smem, full, empty,
                     out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
                     slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, topk,
                     stride_be, stride_bn, stride_se, stride_sn, stride_xsm,
@@ -106,7 +106,7 @@ def eight_bit_gather_gemm_kernel(
             (
                 producer_gather,
                 (
-                    w_desc, x_ptr, slots_ptr, w_smem, x_smem, tail_smem, full, empty, tiles_ptr,
+                    w_desc, x_ptr, slots_ptr, w_smem, x_smem, tail_smem, tile_smem, full, empty, tiles_ptr,
                     num_slots, num_n, num_k, row_stride16, depth16, topk, scales,
                     STAGES, EPILOGUE, EVEN_K, INTERLEAVED, BLOCK_ROWS,
                 ),

@@ -50,7 +50,7 @@ def eight_bit_scatter_gemm_kernel(
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
-    w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(
+    w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty = allocate(
         x_desc.dtype,
         out_ptr.dtype.element_ty,
         STAGES,
@@ -70,7 +70,7 @@ def eight_bit_scatter_gemm_kernel(
             (
                 eight_bit_consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, scales_smem, full, empty,
+                    w_smem, x_smem, tail_smem, result_smem, scales_smem, tile_smem, full, empty,
                     out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
                     slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, 1,
                     stride_be, stride_bn, stride_se, stride_sn, stride_xsm,
@@ -80,7 +80,7 @@ def eight_bit_scatter_gemm_kernel(
             (
                 eight_bit_consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, scales_smem, full, empty,
+                    w_smem, x_smem, tail_smem, result_smem, scales_smem, tile_smem, full, empty,
                     out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
                     slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, 1,
                     stride_be, stride_bn, stride_se, stride_sn, stride_xsm,
@@ -90,8 +90,8 @@ def eight_bit_scatter_gemm_kernel(
             (
                 producer_tma,
                 (
-                    w_desc, x_desc, x256_desc, w_smem, x_smem, tail_smem, full, empty, tiles_ptr, num_n, num_k,
-                    scales, STAGES, "none", BLOCK_ROWS,
+                    w_desc, x_desc, x256_desc, w_smem, x_smem, tail_smem, tile_smem, full, empty,
+                    tiles_ptr, num_n, num_k, scales, STAGES, "none", BLOCK_ROWS,
                 ),
             ),
         ],

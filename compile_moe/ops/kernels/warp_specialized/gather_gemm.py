@@ -65,7 +65,7 @@ def gather_gemm_kernel(
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
-    w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(
+    w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty = allocate(
         x_ptr.dtype.element_ty, out_ptr.dtype.element_ty, STAGES, 129, ROWS=ROWS
     )
     gl.warp_specialize(
@@ -73,23 +73,23 @@ def gather_gemm_kernel(
             (
                 consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
-                    num_slots, num_n, num_k, columns8, stride_be, stride_bn, (), (),
-                    0, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, TRANSPOSED, False,
+                    w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty,
+                    out_ptr, bias_ptr, slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, stride_be, stride_bn,
+                    (), (), 0, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, TRANSPOSED, False,
                 ),
             ),
             (
                 consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
-                    num_slots, num_n, num_k, columns8, stride_be, stride_bn, (), (),
-                    1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, TRANSPOSED, False,
+                    w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty,
+                    out_ptr, bias_ptr, slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, stride_be, stride_bn,
+                    (), (), 1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, TRANSPOSED, False,
                 ),
             ),
             (
                 producer_gather,
                 (
-                    w_desc, x_ptr, slots_ptr, w_smem, x_smem, tail_smem, full, empty, tiles_ptr,
+                    w_desc, x_ptr, slots_ptr, w_smem, x_smem, tail_smem, tile_smem, full, empty, tiles_ptr,
                     num_slots, num_n, num_k, row_stride16, depth16, topk, (), STAGES, EPILOGUE, EVEN_K, INTERLEAVED, 0,
                 ),
             ),
@@ -117,7 +117,7 @@ def with_epilogue(
     replaced: dict[str, Any] = dict(others)
     if body:
         replaced["epilogue"] = build_epilogue(body)
-    stores = tuple((store, name) for name in ("finish", "store_pairs", "store_chunk"))
+    stores = tuple((store, name) for name in ("finish", "store_chunk"))
     for module, name in (*stores, *functions):
         replaced[name] = jit(with_globals(getattr(module, name).fn, replaced))
     return jit(with_globals(kernel, replaced), do_not_specialize=list(DO_NOT_SPECIALIZE))

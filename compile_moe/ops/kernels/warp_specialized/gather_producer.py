@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 
 from compile_moe.ops.kernels.warp_specialized.compat import copy_rows, view
 from compile_moe.ops.kernels.warp_specialized.producers import load_weights, tail_start
-from compile_moe.ops.kernels.warp_specialized.ring import find_tile, next_stage
+from compile_moe.ops.kernels.warp_specialized.ring import announce_tile, find_tile, next_stage
 from compile_moe.ops.kernels.warp_specialized.scale_ring import (
     copy_step_scales,
     has_two_scales,
@@ -116,6 +116,7 @@ def producer_gather(
     w_smem,
     x_smem,
     tail_smem,
+    tile_smem,
     full,
     empty,
     tiles_ptr,
@@ -152,15 +153,17 @@ def producer_gather(
     for tile in range(gl.program_id(0), num_tiles, step):
         slots = s0, s1, s2, s3, st
         offsets = tile_offsets(slots, num_slots, row_stride16, topk, STEP, layout)
-        expert, rows, tile_n = e1, r1, n1
+        expert, first, rows, tile_n = e1, f1, r1, n1
         s0, s1, s2, s3, st = tile_slots(slots_ptr, f2, r2, layout)
         if BLOCK_ROWS:
             ptrs = token_scale_ptrs(scales, scale_slots, num_slots, topk)
             scale_slots = token_slots(slots_ptr, f2, r2)
             w_ptrs = weight_scale_ptrs(scales, expert, tile_n, TWO, BLOCK_ROWS)
         # Sums, because Triton doesn't see that ``e1 = e2`` changes from one iteration to the next.
-        e1, r1, n1 = e2 + 0, r2 + 0, n2 + 0
+        e1, f1, r1, n1 = e2 + 0, f2 + 0, r2 + 0, n2 + 0
         e2, f2, r2, n2 = find_tile(tiles_ptr, tile + 2 * step, num_row_tiles, num_n)
+        mbarrier.wait(empty.index(stage), phase ^ 1)
+        announce_tile(tile_smem, stage, (expert, first, rows, tile_n))
         for k in range(num_k):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             bar = full.index(stage)

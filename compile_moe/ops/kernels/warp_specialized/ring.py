@@ -1,4 +1,4 @@
-"""The ring of buffers between producer and consumers, and the order of tiles, which both follow."""
+"""The ring of buffers between producer and consumers, and the order of tiles, which the producer announces."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def allocate(
     STORED_BYTES: gl.constexpr = 0,
     TAILS: gl.constexpr = True,
 ):
-    """Weights, tokens in boxes of 32, tails, space to transpose results in, and barriers; of each stage but one.
+    """Weights, tokens in boxes of 32, tails, space to transpose results in, which tile begins with a stage,
+    and barriers; of each stage but one.
 
     Args:
         ROWS: of tokens in a stage, without the tail: 64, 128 or 256.
@@ -42,13 +43,14 @@ def allocate(
         tail_smem = x_smem
     result_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     result_smem = gl.allocate_shared_memory(result_dtype, [2, 64, 64], result_layout)
+    tile_smem = gl.allocate_shared_memory(gl.int32, [STAGES, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=FULL_COUNT)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    return w_smem, x_smem, tail_smem, result_smem, full, empty
+    return w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty
 
 
 @gluon.jit
@@ -79,3 +81,27 @@ def find_tile(tiles_ptr, tile, num_row_tiles, num_n):
     # Clamped for what an empty list holds.
     entry = tiles_ptr + 4 + 4 * gl.minimum(gl.maximum(row_tile, 0), gl.maximum(num_row_tiles - 1, 0))
     return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), column_tile
+
+
+@gluon.jit
+def announce_tile(tile_smem, stage, tile):
+    """By the producer, before its part of the full barrier of a stage that gets the tile's first step: consumers, which
+    nothing feeds meanwhile, need not search.
+    """
+    expert, first, rows, tile_n = tile
+    i = gl.arange(0, 4, layout=gl.BlockedLayout([4], [32], [4], [0]))
+    first_half = gl.where(i == 0, expert, first)
+    tile_smem.index(stage).store(gl.where(i < 2, first_half, gl.where(i == 2, rows, tile_n)))
+
+
+@gluon.jit
+def announced_tile(tile_smem, stage):
+    """Expert, first row, rows and column tile of what begins with a stage that is full."""
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    i = gl.arange(0, 4, layout=layout)
+    tile = tile_smem.index(stage).load(layout)
+    expert = gl.sum(gl.where(i == 0, tile, 0), 0)
+    first = gl.sum(gl.where(i == 1, tile, 0), 0)
+    rows = gl.sum(gl.where(i == 2, tile, 0), 0)
+    tile_n = gl.sum(gl.where(i == 3, tile, 0), 0)
+    return expert, first, rows, tile_n

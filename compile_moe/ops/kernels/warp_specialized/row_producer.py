@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 
 from compile_moe.ops.kernels.warp_specialized.compat import copy_box, view
 from compile_moe.ops.kernels.warp_specialized.producers import load_weights
-from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES, find_tile, next_stage
+from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES, announce_tile, find_tile, next_stage
 from compile_moe.ops.kernels.warp_specialized.scale_ring import (
     copy_step_scales,
     row_scale_ptrs,
@@ -89,11 +89,13 @@ def fill(
     BLOCK_ROWS: gl.constexpr,
 ):
     """Every step of a tile, of more than 160 rows where MANY. Returns the stage and phase behind them."""
-    w_smem, x_smem, tail_smem, full, empty = ring
+    w_smem, x_smem, tail_smem, tile_smem, full, empty = ring
     w_desc, x_desc, x256_desc = descriptors
     expert, first, rows, tile_n = tile
     STEP: gl.constexpr = x_smem.shape[2]
     W_BYTES: gl.constexpr = 128 * w_smem.shape[2] * w_smem.dtype.primitive_bitwidth // 8
+    mbarrier.wait(empty.index(stage), phase ^ 1)
+    announce_tile(tile_smem, stage, tile)
     for k in range(num_k):
         mbarrier.wait(empty.index(stage), phase ^ 1)
         bar = full.index(stage)
@@ -123,6 +125,7 @@ def producer_tma(
     w_smem,
     x_smem,
     tail_smem,
+    tile_smem,
     full,
     empty,
     tiles_ptr,
@@ -137,7 +140,7 @@ def producer_tma(
     num_row_tiles = gl.load(tiles_ptr)
     num_tiles = num_row_tiles * num_n
     HAS_MANY: gl.constexpr = x_smem.shape[0] == 8 * STAGES  # room for more than 160 rows
-    ring = w_smem, x_smem, tail_smem, full, empty
+    ring = w_smem, x_smem, tail_smem, tile_smem, full, empty
     descriptors = w_desc, x_desc, x256_desc
     stage = 0
     phase = 0

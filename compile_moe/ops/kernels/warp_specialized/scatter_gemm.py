@@ -45,7 +45,7 @@ def scatter_gemm_kernel(
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
-    w_smem, x_smem, tail_smem, result_smem, full, empty = allocate(
+    w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty = allocate(
         x_desc.dtype, out_ptr.dtype.element_ty, STAGES, 1, ROWS=ROWS
     )
     gl.warp_specialize(
@@ -53,24 +53,24 @@ def scatter_gemm_kernel(
             (
                 consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
-                    num_slots, num_n, num_k, columns8, stride_be, stride_bn, (), (),
-                    0, STAGES, "none", HAS_BIAS, False, False, TRANSPOSED, False,
+                    w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty,
+                    out_ptr, bias_ptr, slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, stride_be, stride_bn,
+                    (), (), 0, STAGES, "none", HAS_BIAS, False, False, TRANSPOSED, False,
                 ),
             ),
             (
                 consumer,
                 (
-                    w_smem, x_smem, tail_smem, result_smem, full, empty, out_ptr, bias_ptr, slots_ptr, tiles_ptr,
-                    num_slots, num_n, num_k, columns8, stride_be, stride_bn, (), (),
-                    1, STAGES, "none", HAS_BIAS, False, False, TRANSPOSED, False,
+                    w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty,
+                    out_ptr, bias_ptr, slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, stride_be, stride_bn,
+                    (), (), 1, STAGES, "none", HAS_BIAS, False, False, TRANSPOSED, False,
                 ),
             ),
             (
                 producer_tma,
                 (
-                    w_desc, x_desc, x256_desc, w_smem, x_smem, tail_smem, full, empty, tiles_ptr, num_n, num_k,
-                    (), STAGES, "none", 0,
+                    w_desc, x_desc, x256_desc, w_smem, x_smem, tail_smem, tile_smem, full, empty,
+                    tiles_ptr, num_n, num_k, (), STAGES, "none", 0,
                 ),
             ),
         ],
