@@ -57,6 +57,30 @@ def test_finalize_residual_and_norm_are_one_kernel(topk: int, dynamic: bool) -> 
     assert len(kernels) == 1, kernels
 
 
+#: Of fused_out, weights, ids and others: what is left to inductor, since something is in reach.
+WITH_NEIGHBOURS: dict[str, Callable[..., Any]] = {
+    "behind": lambda f, w, i, *_: weight_and_reduce(f, w, i, None, 64) + 1,
+    "before": lambda f, w, i, *_: weight_and_reduce(f, w / w.sum(-1, keepdim=True), i, None, 64),
+    "of the rows": lambda f, w, i, *_: weight_and_reduce(f * 2, w, i, None, 64),
+    "also returned": lambda f, w, i, *_: ((y := weight_and_reduce(f, w, i, None, 64)), y + 1),
+}
+
+
+def test_finalize_alone_is_the_ops_own_kernel() -> None:
+    """Which is faster than inductor's where nothing is fused."""
+
+    def alone(fused_out: Tensor, weights: Tensor, ids: Tensor, *_: Tensor) -> Tensor:
+        return weight_and_reduce(fused_out, weights, ids, None, 64)
+
+    generated = generated_kernels(alone, lambda: finalize_arguments(8), [(i, 0) for i in range(5)])
+    assert generated.triton_kernels == [] and len(generated.op_calls) == 1, generated
+
+
+@pytest.mark.parametrize("neighbours", WITH_NEIGHBOURS)
+def test_finalize_is_fused_with(neighbours: str) -> None:
+    assert kernels_of_finalize(WITH_NEIGHBOURS[neighbours], 8, dynamic=True)
+
+
 #: Kernels for few tokens, by K. So long a row inductor reduces in parts, and a kernel behind them takes it together.
 ONE_TOKEN = {2048: 1, 2880: 1, 7168: 1, 16384: 3}
 
@@ -86,7 +110,7 @@ def test_slots_of_other_ranks_are_not_loaded(mapped: bool) -> None:
     """Their rows are masked by what the map says. Without a map few slots are skipped: rows are loaded at once."""
 
     def finalize(out: Tensor, weights: Tensor, ids: Tensor, expert_map: Tensor) -> Tensor:
-        return weight_and_reduce(out, weights, ids, expert_map if mapped else None, 4, True)
+        return weight_and_reduce(out, weights, ids, expert_map if mapped else None, 4, True) + 1
 
     def make() -> list[Tensor]:
         routing = cuda_empty(16, 2, dtype=torch.float32), cuda_empty(16, 2, dtype=torch.int64)

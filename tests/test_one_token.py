@@ -26,7 +26,7 @@ from tests.test_kernels_ahead_of_time import SHAPES, compile_launch, empty
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 E, TOPK, K, I = 8, 2, 256, 128
-STAGES = ["sort_tokens", "gather_gemm", "scatter_gemm"]
+STAGES = ["sort_tokens", "gather_gemm", "scatter_gemm", "weight_and_reduce"]
 SILU = program_text("silu")
 Function = Callable[..., Any]
 
@@ -196,7 +196,7 @@ def test_on_a_cpu() -> None:
     """On a CPU a compiled layer of one token has stages as any other."""
     made = make_layer(M=1, dtype=torch.bfloat16)
     names = [kernel.name for kernel in compile_moe.explain(layer, *made.args).kernels]
-    assert names[:3] == [f"compile_moe.{name}" for name in STAGES]
+    assert names[:3] == [f"compile_moe.{name}" for name in STAGES[:3]]
 
 
 #: Elsewhere than on Hopper what takes the most registers: the biased shape, and elements that are loaded one by one.

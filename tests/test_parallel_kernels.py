@@ -48,7 +48,7 @@ def test_tensor_parallel_layer(dynamic: bool) -> None:
         return [cuda_empty(16, K), *weights, *routing, cuda_empty(K)]
 
     generated = generated_kernels(layer, make, [(0, 0), (3, 0), (4, 0)] if dynamic else [])
-    assert generated.op_calls == ["sort_tokens", "gather_gemm", "scatter_gemm"]
-    assert len(generated.triton_kernels) == 2, generated.triton_kernels
+    assert generated.op_calls == ["sort_tokens", "gather_gemm", "scatter_gemm", "weight_and_reduce"]
+    assert len(generated.triton_kernels) == 1, generated.triton_kernels
     collectives = [call for call in generated.extern_calls if "compile_moe" not in call]
     assert [call.split(".")[3] for call in collectives] == ["all_reduce_", "wait_tensor"], collectives

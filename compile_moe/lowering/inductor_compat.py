@@ -262,6 +262,24 @@ def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
     return inductor_lowering.fallback_handler(op, add_to_fallback_set=False)(*arguments)
 
 
+def stands_alone() -> bool:
+    """Whether the node that is being lowered has nothing to fuse with: stored inputs, and as readers only the graph's
+    caller and collectives.
+    """
+    node = virtualized.V.graph.current_node
+    return all(map(_is_stored, node.all_input_nodes)) and all(map(_reads_memory, node.users))
+
+
+def _is_stored(node: torch.fx.Node) -> bool:
+    if node.target is operator.getitem:
+        node = node.all_input_nodes[0]
+    return node.op in ("placeholder", "get_attr") or getattr(node.target, "namespace", "") == "compile_moe"
+
+
+def _reads_memory(user: torch.fx.Node) -> bool:
+    return user.op == "output" or getattr(user.target, "namespace", "") == "_c10d_functional"
+
+
 def static_int(size: Any) -> int:
     """The value of a size that must be static."""
     return int(_size_function(virtualized.V.graph.sizevars)(size))
@@ -283,6 +301,7 @@ __all__ = [
     "refusals",
     "row_maxima",
     "scheduler",
+    "stands_alone",
     "static_int",
     "unknown_inductor",
 ]

@@ -1,10 +1,14 @@
-"""Lowering of weight_and_reduce: a pointwise sum unrolled over topk."""
+"""Lowering of weight_and_reduce: a pointwise sum unrolled over topk, for what follows to fuse with.
+
+Where nothing can, on a GPU, the op's own kernel: inductor's loads a token's weights and ids for each column, where it
+isn't part of a reduction.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from compile_moe.lowering.inductor_compat import lower, ops
+from compile_moe.lowering.inductor_compat import call, lower, ops, stands_alone
 from compile_moe.lowering.weighted_sum import in_range, weighted_sum
 from compile_moe.ops.weight_and_reduce import weight_and_reduce
 
@@ -17,6 +21,9 @@ def _lowering(
     num_experts: Any = -1,
     apply_weights: bool = True,
 ) -> Any:
+    if fused_out.get_device().type == "cuda" and stands_alone():
+        arguments = fused_out, topk_weights, topk_ids, expert_map, num_experts, apply_weights
+        return call(weight_and_reduce, *arguments)
     load_out = fused_out.make_loader()
     load_id: Any = None if topk_ids is None else topk_ids.make_loader()
     load_map: Any = None if expert_map is None else expert_map.make_loader()
