@@ -57,28 +57,47 @@ def test_finalize_residual_and_norm_are_one_kernel(topk: int, dynamic: bool) -> 
     assert len(kernels) == 1, kernels
 
 
-#: Of fused_out, weights, ids and others: what is left to inductor, since something is in reach.
-WITH_NEIGHBOURS: dict[str, Callable[..., Any]] = {
-    "behind": lambda f, w, i, *_: weight_and_reduce(f, w, i, None, 64) + 1,
-    "before": lambda f, w, i, *_: weight_and_reduce(f, w / w.sum(-1, keepdim=True), i, None, 64),
-    "of the rows": lambda f, w, i, *_: weight_and_reduce(f * 2, w, i, None, 64),
-    "also returned": lambda f, w, i, *_: ((y := weight_and_reduce(f, w, i, None, 64)), y + 1),
+def finalized(fused_out: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    return weight_and_reduce(fused_out, weights, ids, None, 64)
+
+
+#: Of fused_out, weights, ids: with which finalize is the op's own kernel.
+ALONE: dict[str, Callable[..., Any]] = {
+    "returned": finalized,
+    "as a view": lambda f, w, i: finalized(f, w, i).view(-1, 4, K),
+    "twice": lambda f, w, i: [finalized(f, w, i)] * 2,
+    "of views": lambda f, w, i: finalized(f.view(-1, 8, K), w.view(-1, 8), i.view(-1, 8)),
+}
+#: What is left to inductor, since something is in reach, and the kernels.
+WITH_NEIGHBOURS: dict[str, tuple[Callable[..., Any], int]] = {
+    "behind": (lambda f, w, i: finalized(f, w, i) + 1, 1),
+    "behind a view": (lambda f, w, i: finalized(f, w, i)[:, None] + 1, 1),
+    "weights": (lambda f, w, i: finalized(f, w.sigmoid(), i), 1),
+    "rows": (lambda f, w, i: finalized(f * 2, w, i), 1),
+    "rows of another lowering": (
+        lambda f, w, i: finalized(act_and_mul(f.repeat(1, 1, 2), program_text("silu")), w, i),
+        1,
+    ),
+    "also returned": (lambda f, w, i: ((y := finalized(f, w, i)), y + 1), 1),
 }
 
 
-def test_finalize_alone_is_the_ops_own_kernel() -> None:
+def generated_for(function: Callable[..., Any]) -> Any:
+    return generated_kernels(function, lambda: finalize_arguments(8)[:3], [(i, 0) for i in range(3)])
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_finalize_alone_is_the_ops_own_kernel(case: str) -> None:
     """Which is faster than inductor's where nothing is fused."""
-
-    def alone(fused_out: Tensor, weights: Tensor, ids: Tensor, *_: Tensor) -> Tensor:
-        return weight_and_reduce(fused_out, weights, ids, None, 64)
-
-    generated = generated_kernels(alone, lambda: finalize_arguments(8), [(i, 0) for i in range(5)])
-    assert generated.triton_kernels == [] and len(generated.op_calls) == 1, generated
+    generated = generated_for(ALONE[case])
+    assert (generated.triton_kernels, generated.op_calls) == ([], ["weight_and_reduce"])
 
 
 @pytest.mark.parametrize("neighbours", WITH_NEIGHBOURS)
 def test_finalize_is_fused_with(neighbours: str) -> None:
-    assert kernels_of_finalize(WITH_NEIGHBOURS[neighbours], 8, dynamic=True)
+    function, kernels = WITH_NEIGHBOURS[neighbours]
+    generated = generated_for(function)
+    assert (len(generated.triton_kernels), generated.op_calls) == (kernels, [])
 
 
 #: Kernels for few tokens, by K. So long a row inductor reduces in parts, and a kernel behind them takes it together.

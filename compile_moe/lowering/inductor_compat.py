@@ -263,21 +263,38 @@ def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
 
 
 def stands_alone() -> bool:
-    """Whether the node that is being lowered has nothing to fuse with: stored inputs, and as readers only the graph's
-    caller and collectives.
+    """Whether the node that is being lowered has nothing to fuse with: stored inputs, and as readers the graph's caller
+    or one collective. Views of them count as they do.
     """
-    node = virtualized.V.graph.current_node
-    return all(map(_is_stored, node.all_input_nodes)) and all(map(_reads_memory, node.users))
+    node = getattr(virtualized.V.graph, "current_node", None)
+    return node is not None and all(map(_is_stored, node.all_input_nodes)) and _is_read_from_memory(node)
 
 
 def _is_stored(node: torch.fx.Node) -> bool:
-    if node.target is operator.getitem:
-        node = node.all_input_nodes[0]
-    return node.op in ("placeholder", "get_attr") or getattr(node.target, "namespace", "") == "compile_moe"
+    if node.target is operator.getitem or _is_view(node):
+        return _is_stored(node.all_input_nodes[0])
+    waited = _namespace(node) == "_c10d_functional" and "wait_tensor" in str(node.target)
+    opaque = _namespace(node) == "compile_moe" and node.target not in _registered
+    return node.op in ("placeholder", "get_attr") or waited or opaque
 
 
-def _reads_memory(user: torch.fx.Node) -> bool:
-    return user.op == "output" or getattr(user.target, "namespace", "") == "_c10d_functional"
+def _is_read_from_memory(node: torch.fx.Node) -> bool:
+    # Beside another reader inductor copies what a collective may overwrite.
+    collective = len(node.users) == 1
+    return all(
+        user.op == "output"
+        or (_is_view(user) and _is_read_from_memory(user))
+        or (collective and _namespace(user) == "_c10d_functional")
+        for user in node.users
+    )
+
+
+def _is_view(node: torch.fx.Node) -> bool:
+    return getattr(node.target, "is_view", False)
+
+
+def _namespace(node: torch.fx.Node) -> str:
+    return getattr(node.target, "namespace", "")
 
 
 def static_int(size: Any) -> int:
