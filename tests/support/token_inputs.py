@@ -20,8 +20,9 @@ def heavy_tailed(m: int, k: int, dtype: torch.dtype, special: bool = True, devic
     On a CPU first, so that every device has the same numbers.
     """
     x = torch.randn(m, k) * torch.exp(3 * torch.randn(m, k))
-    # What tests double stays finite in float16, too.
-    x.clamp_(-30000, 30000)
+    if dtype is torch.float16:
+        # Finite, also what tests double.
+        x.clamp_(-30000, 30000)
     # Halves, and their neighbours, between what int8 and float8 have.
     x[:, ::3] = x[:, ::3].sign() * torch.randint(0, 255, x[:, ::3].shape) / 2
     if m > 4 and special:

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from compile_moe.ops.kernels.warp_specialized.compat import view, warps_barrier
 from compile_moe.ops.kernels.warp_specialized.decoding_products import multiply_decoded
 from compile_moe.ops.kernels.warp_specialized.ring import announced_tile, next_stage
-from compile_moe.ops.kernels.warp_specialized.store import halves, row_slots, store_chunk
+from compile_moe.ops.kernels.warp_specialized.store import halves, result_columns, row_slots, store_chunk
 from compile_moe.ops.kernels.warp_specialized.weight_rows import weight_rows
 
 
@@ -260,7 +260,7 @@ def consumer(
     stage = 0
     phase = 0
     result_smem = result_smem.index(WHICH)
-    WIDTH8: gl.constexpr = 4 if EPILOGUE == "gated" or EPILOGUE == "pairs" else 8
+    WIDTH8: gl.constexpr = result_columns(EPILOGUE) // 8
     # 64, 128 or 256 tokens, without and with a tail, of which a smaller ring has the first ones.
     BOXES: gl.constexpr = x_smem.shape[0] // STAGES
     KINDS: gl.constexpr = 6 if BOXES == 8 else 4 if BOXES == 4 else 2

@@ -162,6 +162,7 @@ def producer_gather(
         # Sums, because Triton doesn't see that ``e1 = e2`` changes from one iteration to the next.
         e1, f1, r1, n1 = e2 + 0, f2 + 0, r2 + 0, n2 + 0
         e2, f2, r2, n2 = find_tile(tiles_ptr, tile + 2 * step, num_row_tiles, num_n)
+        # As the first step does once more.
         mbarrier.wait(empty.index(stage), phase ^ 1)
         announce_tile(tile_smem, stage, (expert, first, rows, tile_n))
         for k in range(num_k):

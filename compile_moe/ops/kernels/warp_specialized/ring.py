@@ -21,8 +21,8 @@ def allocate(
     STORED_BYTES: gl.constexpr = 0,
     TAILS: gl.constexpr = True,
 ):
-    """Weights, tokens in boxes of 32, tails, space to transpose results in, which tile begins with a stage,
-    and barriers; of each stage but one.
+    """Weights, tokens in boxes of 32, tails, which tile begins there and barriers, of each stage; and space to
+    transpose results in.
 
     Args:
         ROWS: of tokens in a stage, without the tail: 64, 128 or 256.

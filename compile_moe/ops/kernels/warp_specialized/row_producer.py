@@ -94,6 +94,7 @@ def fill(
     expert, first, rows, tile_n = tile
     STEP: gl.constexpr = x_smem.shape[2]
     W_BYTES: gl.constexpr = 128 * w_smem.shape[2] * w_smem.dtype.primitive_bitwidth // 8
+    # As the first step does once more.
     mbarrier.wait(empty.index(stage), phase ^ 1)
     announce_tile(tile_smem, stage, tile)
     for k in range(num_k):

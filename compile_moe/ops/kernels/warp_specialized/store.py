@@ -38,10 +38,11 @@ def exchange_pairs(low, high):
         selp.b32 $0, other, $2, odd;
         selp.b32 $1, $3, other, odd;
         }""",
-        "=r,=r,r,r",
+        # The first output is written while the inputs are still read; and no thread may skip what all take part in.
+        "=&r,=r,r,r",
         [low, high],
         dtype=(gl.float32, gl.float32),
-        is_pure=True,
+        is_pure=False,
         pack=1,
     )
 
@@ -62,7 +63,7 @@ def finish(acc, bias, EPILOGUE: gl.constexpr, T: gl.constexpr, HAS_BIAS: gl.cons
         layout: gl.constexpr = acc.type.layout
         acc = acc + gl.expand_dims(gl.convert_layout(bias, gl.SliceLayout(1, layout)), 1)
     if EPILOGUE == "gated" or EPILOGUE == "pairs":
-        # Rows 0..7 of each 16 are the gate's, rows 8..15 the up projection's: both in the same thread.
+        # Rows r and r + 8 of each 16 are in the same thread: gate and up, or both of either, whose rows alternate.
         gate, up = gl.split(gl.permute(gl.reshape(acc, [4, 2, 8, T]), (0, 2, 3, 1)))
         if EPILOGUE == "pairs":
             gate, up = exchange_pairs(gate, up)
@@ -136,9 +137,7 @@ def store_chunk(
     HAS_BIAS: gl.constexpr,
     T: gl.constexpr,
 ):
-    if rows <= 0:
-        pass
-    else:
+    if rows > 0:
         WIDTH: gl.constexpr = result_columns(EPILOGUE)
         y = finish(acc, bias, EPILOGUE, T, HAS_BIAS, out_ptr.dtype.element_ty)
         store_rows(y, result_smem, out_ptr, slot, column8, columns8, T, WIDTH, EPILOGUE == "pairs")
