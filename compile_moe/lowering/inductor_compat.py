@@ -262,39 +262,14 @@ def call(op: torch._ops.OpOverload, *arguments: Any) -> Any:
     return inductor_lowering.fallback_handler(op, add_to_fallback_set=False)(*arguments)
 
 
-def stands_alone() -> bool:
-    """Whether the node that is being lowered has nothing to fuse with: stored inputs, and as readers the graph's caller
-    or one collective. Views of them count as they do.
-    """
-    node = getattr(virtualized.V.graph, "current_node", None)
-    return node is not None and all(map(_is_stored, node.all_input_nodes)) and _is_read_from_memory(node)
+def node_being_lowered() -> torch.fx.Node | None:
+    node: torch.fx.Node | None = getattr(virtualized.V.graph, "current_node", None)
+    return node
 
 
-def _is_stored(node: torch.fx.Node) -> bool:
-    if node.target is operator.getitem or _is_view(node):
-        return _is_stored(node.all_input_nodes[0])
-    waited = _namespace(node) == "_c10d_functional" and "wait_tensor" in str(node.target)
-    opaque = _namespace(node) == "compile_moe" and node.target not in _registered
-    return node.op in ("placeholder", "get_attr") or waited or opaque
-
-
-def _is_read_from_memory(node: torch.fx.Node) -> bool:
-    # Beside another reader inductor copies what a collective may overwrite.
-    collective = len(node.users) == 1
-    return all(
-        user.op == "output"
-        or (_is_view(user) and _is_read_from_memory(user))
-        or (collective and _namespace(user) == "_c10d_functional")
-        for user in node.users
-    )
-
-
-def _is_view(node: torch.fx.Node) -> bool:
-    return getattr(node.target, "is_view", False)
-
-
-def _namespace(node: torch.fx.Node) -> str:
-    return getattr(node.target, "namespace", "")
+def is_lowered(op: Any) -> bool:
+    """Whether it is an op with a lowering of ours."""
+    return op in _registered
 
 
 def static_int(size: Any) -> int:
@@ -310,15 +285,16 @@ __all__ = [
     "graph",
     "install_passes",
     "ir",
+    "is_lowered",
     "lower",
     "missing",
     "missing_for_fusion",
+    "node_being_lowered",
     "ops",
     "pointwise",
     "refusals",
     "row_maxima",
     "scheduler",
-    "stands_alone",
     "static_int",
     "unknown_inductor",
 ]

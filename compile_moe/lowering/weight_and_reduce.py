@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from compile_moe.lowering.inductor_compat import call, lower, ops, stands_alone
+from compile_moe.lowering.inductor_compat import call, lower, ops
+from compile_moe.lowering.stands_alone import stands_alone
 from compile_moe.lowering.weighted_sum import in_range, weighted_sum
 from compile_moe.ops.weight_and_reduce import weight_and_reduce
 

@@ -22,7 +22,7 @@ from compile_moe.ops.kernels.warp_specialized.float8_blocks import consume_block
 from compile_moe.ops.kernels.warp_specialized.ring import announced_tile, next_stage
 from compile_moe.ops.kernels.warp_specialized.row_scales import copy_row_scales, scaled
 from compile_moe.ops.kernels.warp_specialized.scale_ring import has_two_scales
-from compile_moe.ops.kernels.warp_specialized.store import row_slots, store_chunk
+from compile_moe.ops.kernels.warp_specialized.store import result_columns, row_slots, store_chunk
 from compile_moe.ops.kernels.warp_specialized.weight_rows import weight_rows
 
 
@@ -244,7 +244,7 @@ def eight_bit_consumer(
     stage = 0
     phase = 0
     result_smem = result_smem.index(WHICH)
-    WIDTH8: gl.constexpr = 4 if EPILOGUE == "gated" else 8
+    WIDTH8: gl.constexpr = result_columns(EPILOGUE) // 8
     # 64, 128 or 256 tokens, without and with a tail, of which a smaller ring has the first ones.
     BOXES: gl.constexpr = x_smem.shape[0] // STAGES
     KINDS: gl.constexpr = 6 if BOXES == 8 else 4 if BOXES == 4 else 2

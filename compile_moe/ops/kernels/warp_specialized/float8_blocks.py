@@ -19,7 +19,7 @@ from compile_moe.ops.kernels.epilogue import epilogue
 from compile_moe.ops.kernels.warp_specialized.compat import view, warps_barrier
 from compile_moe.ops.kernels.warp_specialized.eight_bit_sums import step_sums
 from compile_moe.ops.kernels.warp_specialized.ring import next_stage
-from compile_moe.ops.kernels.warp_specialized.store import halves
+from compile_moe.ops.kernels.warp_specialized.store import halves, result_columns
 from compile_moe.ops.kernels.warp_specialized.weight_rows import weight_rows
 
 
@@ -197,7 +197,7 @@ def consume_block_tile(
         warps_barrier()
         mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = next_stage(stage, phase, STAGES)
-    WIDTH8: gl.constexpr = 4 if EPILOGUE == "gated" else 8  # of 64 weight rows
+    WIDTH8: gl.constexpr = result_columns(EPILOGUE) // 8
     if MAIN == 64:
         column8 = (2 * tile_n + WHICH) * WIDTH8
     else:

@@ -1,0 +1,44 @@
+"""Whether a lowering has anything in reach that inductor could fuse it with."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+
+from compile_moe.lowering.inductor_compat import is_lowered, node_being_lowered
+
+
+def stands_alone() -> bool:
+    """Whether the node that is being lowered has nothing to fuse with: stored inputs, and as readers the graph's caller
+    or one collective. Views of them count as they do.
+    """
+    node = node_being_lowered()
+    return node is not None and all(map(_is_stored, node.all_input_nodes)) and _is_read_from_memory(node)
+
+
+def _is_stored(node: torch.fx.Node) -> bool:
+    if node.target is operator.getitem or _is_view(node):
+        return _is_stored(node.all_input_nodes[0])
+    waited = _namespace(node) == "_c10d_functional" and "wait_tensor" in str(node.target)
+    opaque = _namespace(node) == "compile_moe" and not is_lowered(node.target)
+    return node.op in ("placeholder", "get_attr") or waited or opaque
+
+
+def _is_read_from_memory(node: torch.fx.Node) -> bool:
+    # Beside another reader inductor copies what a collective may overwrite.
+    collective = len(node.users) == 1
+    return all(
+        user.op == "output"
+        or (_is_view(user) and _is_read_from_memory(user))
+        or (collective and _namespace(user) == "_c10d_functional")
+        for user in node.users
+    )
+
+
+def _is_view(node: torch.fx.Node) -> bool:
+    return getattr(node.target, "is_view", False)
+
+
+def _namespace(node: torch.fx.Node) -> str:
+    return getattr(node.target, "namespace", "")
