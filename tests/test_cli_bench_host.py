@@ -23,7 +23,7 @@ from tests.support.launchers import launch
 from tests.support.oracle import Layer, make_layer
 from tests.support.simulated_gpu import simulated_gpu
 
-KERNELS = ["_sort_small", "gather_gemm_kernel", "scatter_gemm_kernel", "weight_and_reduce_kernel"]
+KERNELS = ["sort_tiny_kernel", "gather_gemm_kernel", "scatter_gemm_kernel", "weight_and_reduce_kernel"]
 
 
 @pytest.fixture

@@ -64,20 +64,20 @@ def test_number_of_launches() -> None:
     with simulated_gpu() as gpu:
         launch_layer(make_layer(M=5, **SHAPE))
         assert gpu.launched == [
-            "_sort_small",
+            "sort_tiny_kernel",
             "gather_gemm_kernel",
             "scatter_gemm_kernel",
             "weight_and_reduce_kernel",
         ]
         gpu.launched.clear()
         launch_layer(make_layer(M=4000, **SHAPE))
-        assert gpu.launched[:3] == ["_block_histograms", "_scan_blocks", "_scatter_slots"]
+        assert gpu.launched[:3] == ["block_histograms_kernel", "scan_blocks_kernel", "scatter_slots_kernel"]
 
 
 def test_no_tokens_launch_no_gemm() -> None:
     with simulated_gpu() as gpu:
         launch_layer(make_layer(M=0, **SHAPE))
-        assert gpu.launched == ["_sort_small"], "the offsets must still be written"
+        assert gpu.launched == ["sort_tiny_kernel"], "the offsets must still be written"
 
 
 def test_first_call_inside_a_capture_raises() -> None:
@@ -119,10 +119,10 @@ def test_router_and_sort_are_one_launch_for_few_tokens() -> None:
         assert gpu.launched == ["route_and_sort_kernel"] * 3
         gpu.launched.clear()
         launch(route_and_sort_tokens, torch.randn(65, 8), 2, "softmax")
-        assert gpu.launched == ["route_tokens_kernel", "_sort_small"]
+        assert gpu.launched == ["route_tokens_kernel", "sort_small_kernel"]
         gpu.launched.clear()
         launch(route_and_sort_tokens, torch.randn(3000, 8), 2, "softmax")
-        assert gpu.launched == ["route_tokens_kernel", "_block_histograms", "_scan_blocks", "_scatter_slots"]
+        assert gpu.launched == ["route_tokens_kernel", "block_histograms_kernel", "scan_blocks_kernel", "scatter_slots_kernel"]
 
 
 def test_float32_precision_is_torchs() -> None:

@@ -26,7 +26,7 @@ from tests.support.simulated_gpu import SimulatedGPU, simulated_gpu
 
 layer_module = sys.modules["compile_moe.fused_experts"]
 SHAPE: dict[str, Any] = {"M": 5, "K": 64, "I": 32, "E": 4, "topk": 2, "dtype": torch.bfloat16}
-GEMMS = ["_sort_small", "gather_gemm_kernel", "scatter_gemm_kernel"]
+GEMMS = ["sort_tiny_kernel", "gather_gemm_kernel", "scatter_gemm_kernel"]
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_ops_remember_their_calls(gpu: SimulatedGPU) -> None:
     for _ in range(2):
         slots, offsets = cuda("sort_tokens", torch.zeros(5, 2, dtype=torch.int64), 4, None)
         assert (slots.shape, offsets.shape, slots.dtype) == ((10,), (5,), torch.int32)
-    assert gpu.launched == ["_sort_small"] * 2
+    assert gpu.launched == ["sort_tiny_kernel"] * 2
     assert gpu.arguments[1][:2] == (slots.data_ptr(), offsets.data_ptr())
 
 

@@ -94,6 +94,7 @@ def test_every_row_tile(block_m: int, monkeypatch: pytest.MonkeyPatch) -> None:
         {"M": 9, "topk": 3, "E": 40, "mapped": True, "skipped": True},
         {"M": 170, "topk": 3, "E": 7},
         {"M": 129, "topk": 2, "E": 70, "mapped": True, "skipped": True},
+        {"M": 340, "topk": 3, "E": 70, "mapped": True, "skipped": True},
         {"M": 300, "routing": "one"},
         {"M": 65, "strided": True, "ids_dtype": torch.int32},
     ],

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from compile_moe.ops.kernels.early_launch import await_earlier_kernels
 from compile_moe.ops.kernels.epilogue import epilogue
-from compile_moe.ops.kernels.sort_tokens import local_expert
+from compile_moe.ops.kernels.sort_kernels import local_expert
 
 
 @triton.jit
@@ -20,18 +20,8 @@ def expert_of(
     topk_ids_ptr, expert_map_ptr, slot, topk, stride_ij, num_global, num_experts, HAS_MAP: tl.constexpr
 ):
     """Local expert of each slot of the only token; ``num_experts`` where it is skipped, or none."""
-    return local_expert(
-        topk_ids_ptr,
-        expert_map_ptr,
-        slot,
-        slot < topk,
-        topk,
-        0,
-        stride_ij,
-        num_global,
-        num_experts,
-        HAS_MAP,
-    )
+    sizes = topk, 0, stride_ij, num_global, num_experts
+    return local_expert((topk_ids_ptr, expert_map_ptr), slot, slot < topk, sizes, HAS_MAP)
 
 
 @triton.jit
