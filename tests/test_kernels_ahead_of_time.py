@@ -203,8 +203,8 @@ def test_warp_specialized_eight_bits(case: str, tile: Tile) -> None:
         *eight_bit_gather_gemm.launches_for(tile, tiles, between, *first, bias1, body, layout, block_rows),
         *eight_bit_scatter_gemm.launches_for(tile, tiles, out, *second, bias2, block_rows),
     ):
-        # Sums of a step beside those of all: up to 124 bytes with Triton 3.6, 136 with 3.9.
-        compiled = compile_launch(launch, 90, spills=144)
+        # Sums of a step beside those of all: up to 124 bytes with Triton 3.6, 148 with 3.9.
+        compiled = compile_launch(launch, 90, spills=152)
         assert compiled.has_wgmma == ("gemm" in launch.kernel.__name__)
 
 

@@ -122,7 +122,12 @@ def test_router_and_sort_are_one_launch_for_few_tokens() -> None:
         assert gpu.launched == ["route_tokens_kernel", "sort_small_kernel"]
         gpu.launched.clear()
         launch(route_and_sort_tokens, torch.randn(3000, 8), 2, "softmax")
-        assert gpu.launched == ["route_tokens_kernel", "block_histograms_kernel", "scan_blocks_kernel", "scatter_slots_kernel"]
+        assert gpu.launched == [
+            "route_tokens_kernel",
+            "block_histograms_kernel",
+            "scan_blocks_kernel",
+            "scatter_slots_kernel",
+        ]
 
 
 def test_float32_precision_is_torchs() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from compile_moe.ops.kernels.warp_specialized import ring, store
+from compile_moe.ops.kernels.warp_specialized import consumer, ring, store
 from tests.support.gluon_on_cpu import Program, SharedMemory, Value, on_cpu
 
 
@@ -20,6 +21,15 @@ def test_consumers_get_the_tile_that_was_announced() -> None:
     for stage, tile in tiles.items():
         assert [int(each) for each in announced(memory, stage)] == tile
     assert (memory.data[1] == -1).all(), "a stage in which no tile begins"
+
+
+@pytest.mark.parametrize("tails", [True, False])
+def test_every_tile_is_of_one_kind_and_its_end_of_none(tails: bool) -> None:
+    kinds = range(0, 6, 1 if tails else 2)
+    for rows in range(289 if tails else 257):
+        (kind,) = (kind for kind in kinds if consumer.is_kind.fn(rows, kind, tails))
+        assert (64 << kind // 2) + kind % 2 * 32 >= rows
+    assert not any(consumer.is_kind.fn(-1, kind, tails) for kind in kinds)
 
 
 def exchanged(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

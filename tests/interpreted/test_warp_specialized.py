@@ -61,6 +61,7 @@ def list_tiles(offsets: Tensor, num_slots: int, num_rows: int = ROWS) -> list[li
     launch = row_tiles.launch_for(num_rows, tiles, offsets, num_slots, num_experts)
     run(lambda *_: Plan((), (launch,), tuple), tiles)
     count = int(tiles[0])
+    assert tiles[1] == 0, "none is taken yet"
     entries: list[list[int]] = tiles[4:].view(-1, 4).tolist()
     assert 0 <= count <= len(entries)
     return entries[:count] or entries[:1]
@@ -76,6 +77,8 @@ def test_tiles_cover_every_row_once(counts: list[int], num_rows: int) -> None:
         assert first == next_row[expert] and 0 < rows <= num_rows + TAIL
         next_row[expert] += rows
     assert list(next_row.values()) == offsets_of(counts)[1:].tolist()
+    order = dict.fromkeys(tile[0] for tile in tiles)
+    assert [counts[e] for e in order] == sorted(filter(None, counts), reverse=True), "most rows first"
     for e, count in enumerate(counts):
         merged = 0 < count % num_rows <= min(MERGED, count // num_rows * TAIL)
         expected = count // num_rows + (count % num_rows > 0 and not merged)

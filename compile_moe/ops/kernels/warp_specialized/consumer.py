@@ -168,13 +168,13 @@ def consume_tile(
 @gluon.jit
 def is_kind(rows, KIND: gl.constexpr, TAILS: gl.constexpr = True):
     """Whether a tile of so many rows has 64, 64 + a tail, 128, 128 + a tail, 256 or 256 + a tail; without TAILS kinds
-    are even.
+    are even. What stands behind the last tile, of -1 rows, is of no kind.
     """
     MAIN: gl.constexpr = 64 << (KIND // 2)
     if KIND % 2 == 1:
         return (rows > MAIN) & (rows <= MAIN + 32)
     elif KIND == 0:
-        return rows <= MAIN
+        return (rows >= 0) & (rows <= MAIN)
     else:
         return (rows > MAIN // 2 + (32 if TAILS else 0)) & (rows <= MAIN)
 
@@ -228,9 +228,7 @@ def consumer(
     out_ptr,
     bias_ptr,
     slots_ptr,
-    tiles_ptr,
     num_slots,
-    num_n,
     num_k,
     columns8,
     stride_be,
@@ -256,7 +254,6 @@ def consumer(
         PACKED: weights that an element of the ring holds, which are decoded; 0 for those multiplied as they are.
         GROUP: columns that share a scale; 0 where rows have one, or none.
     """
-    num_tiles = gl.load(tiles_ptr) * num_n
     stage = 0
     phase = 0
     result_smem = result_smem.index(WHICH)
@@ -264,7 +261,8 @@ def consumer(
     # 64, 128 or 256 tokens, without and with a tail, of which a smaller ring has the first ones.
     BOXES: gl.constexpr = x_smem.shape[0] // STAGES
     KINDS: gl.constexpr = 6 if BOXES == 8 else 4 if BOXES == 4 else 2
-    for _ in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    rows = stage  # of the tile before
+    while rows >= 0:
         mbarrier.wait(full.index(stage), phase)
         expert, first, rows, tile_n = announced_tile(tile_smem, stage)
         column8 = (2 * tile_n + WHICH) * WIDTH8

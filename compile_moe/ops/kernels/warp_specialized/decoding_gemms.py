@@ -64,7 +64,7 @@ def decoding_gather_gemm_kernel(
                 consumer,
                 (
                     w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty,
-                    out_ptr, bias_ptr, slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, stride_be, stride_bn,
+                    out_ptr, bias_ptr, slots_ptr, num_slots, num_k, columns8, stride_be, stride_bn,
                     row_scales, stored, 0, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, False, GROUP == 0,
                     PACKED, GROUP, HAS_ZERO, PACKED_ZEROS,
                 ),
@@ -73,7 +73,7 @@ def decoding_gather_gemm_kernel(
                 consumer,
                 (
                     w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty,
-                    out_ptr, bias_ptr, slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, stride_be, stride_bn,
+                    out_ptr, bias_ptr, slots_ptr, num_slots, num_k, columns8, stride_be, stride_bn,
                     row_scales, stored, 1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, False, GROUP == 0,
                     PACKED, GROUP, HAS_ZERO, PACKED_ZEROS,
                 ),
@@ -137,7 +137,7 @@ def decoding_scatter_gemm_kernel(
                 consumer,
                 (
                     w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty,
-                    out_ptr, bias_ptr, slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, stride_be, stride_bn,
+                    out_ptr, bias_ptr, slots_ptr, num_slots, num_k, columns8, stride_be, stride_bn,
                     row_scales, stored, 0, STAGES, "none", HAS_BIAS, False, False, False, GROUP == 0,
                     PACKED, GROUP, HAS_ZERO, PACKED_ZEROS,
                 ),
@@ -146,7 +146,7 @@ def decoding_scatter_gemm_kernel(
                 consumer,
                 (
                     w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty,
-                    out_ptr, bias_ptr, slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, stride_be, stride_bn,
+                    out_ptr, bias_ptr, slots_ptr, num_slots, num_k, columns8, stride_be, stride_bn,
                     row_scales, stored, 1, STAGES, "none", HAS_BIAS, False, False, False, GROUP == 0,
                     PACKED, GROUP, HAS_ZERO, PACKED_ZEROS,
                 ),

@@ -216,9 +216,7 @@ def eight_bit_consumer(
     w_scale_ptr,
     x_scale_ptr,
     slots_ptr,
-    tiles_ptr,
     num_slots,
-    num_n,
     num_k,
     columns8,
     topk,
@@ -240,7 +238,6 @@ def eight_bit_consumer(
     ``scales_smem`` is what ``allocate_scale_ring`` returns where BLOCK_ROWS of the weights share scales, and tiles have
     no tails then; else what ``allocate_scales`` does.
     """
-    num_tiles = gl.load(tiles_ptr) * num_n
     stage = 0
     phase = 0
     result_smem = result_smem.index(WHICH)
@@ -248,7 +245,8 @@ def eight_bit_consumer(
     # 64, 128 or 256 tokens, without and with a tail, of which a smaller ring has the first ones.
     BOXES: gl.constexpr = x_smem.shape[0] // STAGES
     KINDS: gl.constexpr = 6 if BOXES == 8 else 4 if BOXES == 4 else 2
-    for _ in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
+    rows = stage  # of the tile before
+    while rows >= 0:
         mbarrier.wait(full.index(stage), phase)
         expert, first, rows, tile_n = announced_tile(tile_smem, stage)
         biases = bias_ptr + expert.to(gl.int64) * stride_be

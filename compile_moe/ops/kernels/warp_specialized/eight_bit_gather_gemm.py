@@ -88,7 +88,7 @@ def eight_bit_gather_gemm_kernel(
                 (
                     w_smem, x_smem, tail_smem, result_smem, scales_smem, tile_smem, full, empty,
                     out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
-                    slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, topk,
+                    slots_ptr, num_slots, num_k, columns8, topk,
                     stride_be, stride_bn, stride_se, stride_sn, stride_xsm,
                     0, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, BLOCK_ROWS,
                 ),
@@ -98,7 +98,7 @@ def eight_bit_gather_gemm_kernel(
                 (
                     w_smem, x_smem, tail_smem, result_smem, scales_smem, tile_smem, full, empty,
                     out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
-                    slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, topk,
+                    slots_ptr, num_slots, num_k, columns8, topk,
                     stride_be, stride_bn, stride_se, stride_sn, stride_xsm,
                     1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, BLOCK_ROWS,
                 ),

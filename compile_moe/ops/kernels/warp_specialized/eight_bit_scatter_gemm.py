@@ -72,7 +72,7 @@ def eight_bit_scatter_gemm_kernel(
                 (
                     w_smem, x_smem, tail_smem, result_smem, scales_smem, tile_smem, full, empty,
                     out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
-                    slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, 1,
+                    slots_ptr, num_slots, num_k, columns8, 1,
                     stride_be, stride_bn, stride_se, stride_sn, stride_xsm,
                     0, STAGES, "none", HAS_BIAS, False, False, BLOCK_ROWS,
                 ),
@@ -82,7 +82,7 @@ def eight_bit_scatter_gemm_kernel(
                 (
                     w_smem, x_smem, tail_smem, result_smem, scales_smem, tile_smem, full, empty,
                     out_ptr, bias_ptr, w_scale_ptr, x_scale_ptr,
-                    slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, 1,
+                    slots_ptr, num_slots, num_k, columns8, 1,
                     stride_be, stride_bn, stride_se, stride_sn, stride_xsm,
                     1, STAGES, "none", HAS_BIAS, False, False, BLOCK_ROWS,
                 ),

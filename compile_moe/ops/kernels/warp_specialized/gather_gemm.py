@@ -74,7 +74,7 @@ def gather_gemm_kernel(
                 consumer,
                 (
                     w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty,
-                    out_ptr, bias_ptr, slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, stride_be, stride_bn,
+                    out_ptr, bias_ptr, slots_ptr, num_slots, num_k, columns8, stride_be, stride_bn,
                     (), (), 0, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, TRANSPOSED, False,
                 ),
             ),
@@ -82,7 +82,7 @@ def gather_gemm_kernel(
                 consumer,
                 (
                     w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty,
-                    out_ptr, bias_ptr, slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, stride_be, stride_bn,
+                    out_ptr, bias_ptr, slots_ptr, num_slots, num_k, columns8, stride_be, stride_bn,
                     (), (), 1, STAGES, EPILOGUE, HAS_BIAS, INTERLEAVED, True, TRANSPOSED, False,
                 ),
             ),

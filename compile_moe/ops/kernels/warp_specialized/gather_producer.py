@@ -8,7 +8,13 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 
 from compile_moe.ops.kernels.warp_specialized.compat import copy_rows, view
 from compile_moe.ops.kernels.warp_specialized.producers import load_weights, tail_start
-from compile_moe.ops.kernels.warp_specialized.ring import announce_tile, find_tile, next_stage
+from compile_moe.ops.kernels.warp_specialized.ring import (
+    announce_end,
+    announce_tile,
+    find_tile,
+    next_stage,
+    take_tile,
+)
 from compile_moe.ops.kernels.warp_specialized.scale_ring import (
     copy_step_scales,
     has_two_scales,
@@ -143,14 +149,15 @@ def producer_gather(
     layout: gl.constexpr = gl.BlockedLayout([1, STEP // 8], [4, 8], [4, 1], [1, 0])
     stage = 0
     phase = 0
-    step = gl.num_programs(0)
     # Loads for the next tile, and for the one after it what they depend on, before this tile's.
-    e1, f1, r1, n1 = find_tile(tiles_ptr, gl.program_id(0), num_row_tiles, num_n)
+    tile = gl.program_id(0)
+    e1, f1, r1, n1 = find_tile(tiles_ptr, tile, num_row_tiles, num_n)
     s0, s1, s2, s3, st = tile_slots(slots_ptr, f1, r1, layout)
     if BLOCK_ROWS:
         scale_slots = token_slots(slots_ptr, f1, r1)
-    e2, f2, r2, n2 = find_tile(tiles_ptr, gl.program_id(0) + step, num_row_tiles, num_n)
-    for tile in range(gl.program_id(0), num_tiles, step):
+    next_tile = tile + gl.num_programs(0)
+    e2, f2, r2, n2 = find_tile(tiles_ptr, next_tile, num_row_tiles, num_n)
+    while tile < num_tiles:
         slots = s0, s1, s2, s3, st
         offsets = tile_offsets(slots, num_slots, row_stride16, topk, STEP, layout)
         expert, first, rows, tile_n = e1, f1, r1, n1
@@ -161,7 +168,9 @@ def producer_gather(
             w_ptrs = weight_scale_ptrs(scales, expert, tile_n, TWO, BLOCK_ROWS)
         # Sums, because Triton doesn't see that ``e1 = e2`` changes from one iteration to the next.
         e1, f1, r1, n1 = e2 + 0, f2 + 0, r2 + 0, n2 + 0
-        e2, f2, r2, n2 = find_tile(tiles_ptr, tile + 2 * step, num_row_tiles, num_n)
+        tile = next_tile + 0
+        next_tile = take_tile(tiles_ptr)
+        e2, f2, r2, n2 = find_tile(tiles_ptr, next_tile, num_row_tiles, num_n)
         # As the first step does once more.
         mbarrier.wait(empty.index(stage), phase ^ 1)
         announce_tile(tile_smem, stage, (expert, first, rows, tile_n))
@@ -178,3 +187,5 @@ def producer_gather(
                 copy_step_scales(scales, stage, k, ptrs, w_ptrs, TWO)
             async_copy.mbarrier_arrive(bar, increment_count=False)
             stage, phase = next_stage(stage, phase, STAGES)
+    mbarrier.wait(empty.index(stage), phase ^ 1)
+    announce_end(tile_smem, full, stage, True)

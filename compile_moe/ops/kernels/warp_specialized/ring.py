@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier
 
 STAGES = 4  # of a ring with room for 256 rows of tokens and a tail
 STEP_BYTES = gl.constexpr(128)  # of each row, in a stage: what the swizzled layouts of shared memory hold
@@ -84,6 +84,21 @@ def find_tile(tiles_ptr, tile, num_row_tiles, num_n):
 
 
 @gluon.jit
+def take_tile(tiles_ptr):
+    """A tile that no program has. Each has two from the start, as if they took turns; who is ready takes the next."""
+    return 2 * gl.num_programs(0) + gl.atomic_add(tiles_ptr + 1, 1, sem="relaxed")
+
+
+@gluon.jit
+def announce_end(tile_smem, full, stage, ARRIVE_AS_COPIES: gl.constexpr):
+    """By the producer, in an empty stage behind its last tile: one of -1 rows."""
+    announce_tile(tile_smem, stage, (0, 0, -1, 0))
+    mbarrier.expect(full.index(stage), 0)
+    if ARRIVE_AS_COPIES:
+        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+
+
+@gluon.jit
 def announce_tile(tile_smem, stage, tile):
     """By the producer, before its part of the full barrier of a stage that gets the tile's first step: consumers, which
     nothing feeds meanwhile, need not search.
@@ -96,7 +111,9 @@ def announce_tile(tile_smem, stage, tile):
 
 @gluon.jit
 def announced_tile(tile_smem, stage):
-    """Expert, first row, rows and column tile of what begins with a stage that is full."""
+    """Expert, first row, rows and column tile of what begins with a stage that is full; -1 rows behind the last
+    tile.
+    """
     layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     i = gl.arange(0, 4, layout=layout)
     tile = tile_smem.index(stage).load(layout)

@@ -8,7 +8,14 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 
 from compile_moe.ops.kernels.warp_specialized.compat import copy_box, view
 from compile_moe.ops.kernels.warp_specialized.producers import load_weights
-from compile_moe.ops.kernels.warp_specialized.ring import STEP_BYTES, announce_tile, find_tile, next_stage
+from compile_moe.ops.kernels.warp_specialized.ring import (
+    STEP_BYTES,
+    announce_end,
+    announce_tile,
+    find_tile,
+    next_stage,
+    take_tile,
+)
 from compile_moe.ops.kernels.warp_specialized.scale_ring import (
     copy_step_scales,
     row_scale_ptrs,
@@ -145,11 +152,14 @@ def producer_tma(
     descriptors = w_desc, x_desc, x256_desc
     stage = 0
     phase = 0
-    step = gl.num_programs(0)
-    e1, f1, r1, n1 = find_tile(tiles_ptr, gl.program_id(0), num_row_tiles, num_n)
-    for tile in range(gl.program_id(0), num_tiles, step):
+    tile = gl.program_id(0)
+    next_tile = tile + gl.num_programs(0)
+    e1, f1, r1, n1 = find_tile(tiles_ptr, tile, num_row_tiles, num_n)
+    while tile < num_tiles:
         expert, first, rows, tile_n = e1, f1, r1, n1
-        e1, f1, r1, n1 = find_tile(tiles_ptr, tile + step, num_row_tiles, num_n)
+        e1, f1, r1, n1 = find_tile(tiles_ptr, next_tile, num_row_tiles, num_n)
+        tile = next_tile + 0
+        next_tile = take_tile(tiles_ptr)
         this = expert, first, rows, tile_n
         if BLOCK_ROWS:
             ptrs = row_scale_ptrs(scales, first, rows)
@@ -172,3 +182,5 @@ def producer_tma(
                 ring, descriptors, stage, phase, this, num_k, scales, scale_ptrs,
                 False, STAGES, EPILOGUE, BLOCK_ROWS,
             )  # fmt: skip
+    mbarrier.wait(empty.index(stage), phase ^ 1)
+    announce_end(tile_smem, full, stage, BLOCK_ROWS > 0)

@@ -17,9 +17,19 @@ GROUP = 8  # most tiles of one expert that share the loads of weights from memor
 FIELDS = 4
 
 
+@triton.jit
+def rows_of(expert_offsets_ptr, e, num_slots, num_experts):
+    """First row and number of rows of each expert, within the slots whatever the offsets are."""
+    start = tl.load(expert_offsets_ptr + e, mask=e < num_experts, other=num_slots)
+    end = tl.load(expert_offsets_ptr + e + 1, mask=e < num_experts, other=num_slots)
+    start = tl.minimum(tl.maximum(start, 0), num_slots)
+    end = tl.minimum(tl.maximum(end, start), num_slots)
+    return start, tl.where(e < num_experts, end - start, 0)
+
+
 @triton.jit(do_not_specialize=["num_slots", "num_experts"])
 def row_tiles_kernel(
-    tiles_ptr,  # (1 + number of programs, FIELDS): the number of tiles, then the tiles
+    tiles_ptr,  # (1 + number of programs, FIELDS): the number of tiles and 0, that of taken ones, then the tiles
     expert_offsets_ptr,  # (E + 1,)
     num_slots,
     num_experts,
@@ -32,15 +42,16 @@ def row_tiles_kernel(
     """A tile is (expert, first row, rows, 256 * (tiles of its group before it) + tiles of its group).
 
     An expert's rows beyond a multiple of ROWS, if no more than MERGED, are tails of TAIL of its first tiles. Offsets
-    are clamped, so that no content of expert_offsets leads outside the rows.
+    are clamped, so that no content of expert_offsets leads outside the rows. Experts with more rows come first, since
+    programs take the tiles in turn: what the last ones take, then, is the least.
     """
     tile = tl.program_id(0)
     e = tl.arange(0, E_POW2)
-    start = tl.load(expert_offsets_ptr + e, mask=e < num_experts, other=num_slots)
-    end = tl.load(expert_offsets_ptr + e + 1, mask=e < num_experts, other=num_slots)
-    start = tl.minimum(tl.maximum(start, 0), num_slots)
-    end = tl.minimum(tl.maximum(end, start), num_slots)
-    rows = tl.where(e < num_experts, end - start, 0)
+    # Of few bits, so that with the expert it is one number; beyond them, any order.
+    MOST: tl.constexpr = 2**31 // E_POW2 - 1
+    _, rows = rows_of(expert_offsets_ptr, e, num_slots, num_experts)
+    e = E_POW2 - 1 - tl.sort(tl.minimum(rows, MOST) * E_POW2 + (E_POW2 - 1 - e), descending=True) % E_POW2
+    start, rows = rows_of(expert_offsets_ptr, e, num_slots, num_experts)
     whole = rows // ROWS
     rest = rows % ROWS
     in_tails = rest <= tl.minimum(whole * TAIL, MERGED)
@@ -72,6 +83,7 @@ def row_tiles_kernel(
     tl.store(out + 3, tl.where(found, in_group * 256 + size, 1))
     if tile == 0:
         tl.store(tiles_ptr, total)
+        tl.store(tiles_ptr + 1, 0)
 
 
 def max_row_tiles(num_rows: int, num_slots: int, num_experts: int) -> int:
@@ -104,7 +116,7 @@ def launch_for(
 ) -> Launch:
     """The launch that writes the list of tiles of ``num_rows``, and tails if they may have some."""
     options = {
-        "E_POW2": triton.next_power_of_2(num_experts),
+        "E_POW2": triton.next_power_of_2(max(num_experts, 2)),
         "ROWS": num_rows,
         "TAIL": TAIL,
         "MERGED": MERGED if has_tails else 0,

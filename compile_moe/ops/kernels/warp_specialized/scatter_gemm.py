@@ -54,7 +54,7 @@ def scatter_gemm_kernel(
                 consumer,
                 (
                     w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty,
-                    out_ptr, bias_ptr, slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, stride_be, stride_bn,
+                    out_ptr, bias_ptr, slots_ptr, num_slots, num_k, columns8, stride_be, stride_bn,
                     (), (), 0, STAGES, "none", HAS_BIAS, False, False, TRANSPOSED, False,
                 ),
             ),
@@ -62,7 +62,7 @@ def scatter_gemm_kernel(
                 consumer,
                 (
                     w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty,
-                    out_ptr, bias_ptr, slots_ptr, tiles_ptr, num_slots, num_n, num_k, columns8, stride_be, stride_bn,
+                    out_ptr, bias_ptr, slots_ptr, num_slots, num_k, columns8, stride_be, stride_bn,
                     (), (), 1, STAGES, "none", HAS_BIAS, False, False, TRANSPOSED, False,
                 ),
             ),
