@@ -230,3 +230,16 @@ def test_unrolled_loops_do_not_run_backwards():
     assert out.item() == 0
     with pytest.raises(triton.runtime.errors.InterpreterError, match="can't be unrolled"):
         _launch(_unrolled, out, 8, 1)
+
+
+@triton.jit
+def _sort(x_ptr, out_ptr, N: tl.constexpr, DESCENDING: tl.constexpr):
+    lane = tl.arange(0, N)
+    tl.store(out_ptr + lane, tl.sort(tl.load(x_ptr + lane), descending=DESCENDING))
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_sort(descending):
+    x, out = torch.randint(-(2**31), 2**31, (N,), dtype=torch.int32), torch.empty(N, dtype=torch.int32)
+    _launch(_sort, x, out, N=N, DESCENDING=descending)
+    assert torch.equal(out, x.sort(descending=descending).values)
