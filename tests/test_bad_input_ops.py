@@ -32,6 +32,7 @@ CHANGES: dict[str, list[Change]] = {
         ("ids-float", 0, lambda t: t.float(), TypeError, r"topk_ids must be int32 or int64, got torch.float32"),
         ("topk-0", 0, lambda t: t[:, :0], ValueError, r"topk at least 1, got \(9, 0\)"),
         ("no-experts", 1, lambda n: 0, ValueError, r"num_experts must be at least 1, got 0"),
+        ("many-experts", 1, lambda n: 4097, ValueError, r"num_experts must be at most 4096, .*, got 4097"),
         ("map-2d", 2, lambda m: m[None], ValueError, r"expert_map must be \(global_num_experts,\), got \(1, 10\)"),
         ("map-float", 2, lambda m: m.float(), TypeError, r"expert_map must be int32 or int64, got torch.float32"),
         ("map-elsewhere", 2, lambda m: m.to("meta"), ValueError, r"expert_map must be on .*cpu, got meta"),

@@ -216,10 +216,10 @@ def test_epilogues(name: str) -> None:
     compile_launch(act_and_mul.launch_for(out, gate_up, program.triton_source(), program.layout), 90)
 
 
-@pytest.mark.parametrize("mapped", [False, True], ids=["all-local", "mapped"])
+@pytest.mark.parametrize("e, mapped", [(128, False), (128, True), (2000, False)])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_sort_and_finalize(capability: int, mapped: bool) -> None:
-    e, topk, m, k = 128, 8, 600, 2048
+def test_sort_and_finalize(capability: int, e: int, mapped: bool) -> None:
+    topk, m, k = 8, 600, 2048
     ids = empty(m, topk, dtype=torch.int64)
     expert_map = empty(2 * e, dtype=torch.int64) if mapped else None
     for launches in sort_tokens.launches(empty(m * topk), empty(e + 1), ids, e, expert_map, empty(e + 1)):

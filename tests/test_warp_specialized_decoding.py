@@ -100,7 +100,7 @@ def test_from_so_many_rows_on(hopper: None) -> None:
 AHEAD_OF_TIME = [
     ("int8_w8a16", "silu", False, torch.float16, 4),
     ("int4, zero points", "swigluoai", True, torch.bfloat16, 112),
-    ("mxfp4_w4a16", "relu2_no_mul", True, torch.bfloat16, 0),
+    ("mxfp4_w4a16", "relu2_no_mul", True, torch.bfloat16, 8),
 ]
 
 

@@ -4,7 +4,7 @@ Args:
     topk_ids: (M, topk) int32 or int64 expert ids. Skipped: negative ids, ids that expert_map sends to -1, and
         the id equal to the number of global experts. A larger id raises ValueError on CPU; on CUDA the slot is
         skipped, or with COMPILE_MOE_DEBUG=1 in the environment it raises too (which synchronizes).
-    num_experts: E, local experts.
+    num_experts: E, local experts, at most 4096.
     expert_map: (global_num_experts,) int32 or int64, global to local ids, -1 where not local.
 
 Returns:
@@ -24,12 +24,19 @@ from torch import Tensor
 from compile_moe.ops.kernels import sort_tokens as kernels
 from compile_moe.ops.problem_size import check_expert_map, check_ids, require, shape
 from compile_moe.ops.registry import OutputSpec, define_op
+from compile_moe.ops.route_tokens import MAX_EXPERTS
 
 
 def _check(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None = None) -> None:
     check_ids(topk_ids)
     check_expert_map(expert_map, topk_ids)
     require(num_experts >= 1, lambda: f"num_experts must be at least 1, got {num_experts}")
+    require(
+        num_experts <= MAX_EXPERTS,
+        lambda: (
+            f"num_experts must be at most {MAX_EXPERTS}, which the kernels count at once, got {num_experts}"
+        ),
+    )
     require(
         topk_ids.size(0) * topk_ids.size(1) < 2**31 - 1,
         lambda: f"topk_ids must hold fewer than 2^31 - 1 slots, got {shape(topk_ids)}; split the tokens",

@@ -112,6 +112,27 @@ def test_every_row_tile_meets_every_column_tile_once(counts: list[int], num_colu
         assert 1 <= group & 255 <= GROUP
 
 
+@pytest.mark.parametrize("num_tiles", [0, 1, 7, 14, 15, 100])
+def test_programs_take_every_tile_once(num_tiles: int) -> None:
+    """As the producers do, whichever is ready first."""
+    num_programs, memory = 7, [num_tiles, 0, -7, -7]
+
+    def atomic_add(address: int, value: int, sem: str) -> int:
+        memory[address] += value
+        return memory[address] - value
+
+    language = SimpleNamespace(num_programs=lambda axis: num_programs, atomic_add=atomic_add)
+    take_tile = FunctionType(ring.take_tile.fn.__code__, {"gl": language})
+    ready = [(program, program + num_programs) for program in range(num_programs)]
+    taken = []
+    while ready:
+        tile, next_tile = ready.pop(random.Random(len(taken)).randrange(len(ready)))
+        if tile < num_tiles:
+            taken.append(tile)
+            ready.append((next_tile, take_tile(0)))
+    assert sorted(taken) == list(range(num_tiles))
+
+
 def test_no_rows_give_one_empty_tile() -> None:
     assert list_tiles(offsets_of([0, 0, 0]), 700) == [[0, 0, 0, 1]]
 

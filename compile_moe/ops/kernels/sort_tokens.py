@@ -109,7 +109,7 @@ def sort_tokens(
 
 
 def _num_blocks(num_slots: int, block: int) -> int:
-    """At least one, which writes the offsets."""
+    """At least one, which writes the offsets where there is no slot."""
     return max(1, triton.cdiv(num_slots, block))
 
 

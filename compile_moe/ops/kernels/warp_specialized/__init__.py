@@ -5,6 +5,6 @@ Both compute the product transposed: the left operand of the tensor cores is 64 
 warpgroups, the right one up to 256 tokens, which can be any multiple of 8. So a tile can have a tail: an expert with a
 few rows more than a multiple of 256 doesn't pay for another tile, and its weights are read once. One producer warpgroup
 fills a ring of buffers: weights by the tensor memory accelerator (TMA), tokens gathered by pointers (GEMM 1) or by TMA
-too (GEMM 2). Weights that are multiplied in another form than they are stored in have a ring of their own before it,
-from which the producer decodes them, each once for all tokens of a tile.
+too (GEMM 2). Weights that are multiplied in another form than they are stored in are decoded by the consumers,
+in registers, each once for all tokens of a tile. Programs take tiles as they get ready, by a counter in the list.
 """

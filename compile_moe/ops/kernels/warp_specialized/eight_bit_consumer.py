@@ -245,7 +245,7 @@ def eight_bit_consumer(
     # 64, 128 or 256 tokens, without and with a tail, of which a smaller ring has the first ones.
     BOXES: gl.constexpr = x_smem.shape[0] // STAGES
     KINDS: gl.constexpr = 6 if BOXES == 8 else 4 if BOXES == 4 else 2
-    rows = stage  # of the tile before
+    rows = 0
     while rows >= 0:
         mbarrier.wait(full.index(stage), phase)
         expert, first, rows, tile_n = announced_tile(tile_smem, stage)

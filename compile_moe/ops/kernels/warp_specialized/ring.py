@@ -85,7 +85,7 @@ def find_tile(tiles_ptr, tile, num_row_tiles, num_n):
 
 @gluon.jit
 def take_tile(tiles_ptr):
-    """A tile that no program has. Each has two from the start, as if they took turns; who is ready takes the next."""
+    """A tile that no program has. Each has two from the start, numbered in turn; who is ready takes the next."""
     return 2 * gl.num_programs(0) + gl.atomic_add(tiles_ptr + 1, 1, sem="relaxed")
 
 

@@ -42,8 +42,8 @@ def row_tiles_kernel(
     """A tile is (expert, first row, rows, 256 * (tiles of its group before it) + tiles of its group).
 
     An expert's rows beyond a multiple of ROWS, if no more than MERGED, are tails of TAIL of its first tiles. Offsets
-    are clamped, so that no content of expert_offsets leads outside the rows. Experts with more rows come first, since
-    programs take the tiles in turn: what the last ones take, then, is the least.
+    are clamped, so that no content of expert_offsets leads outside the rows. Experts with more rows come first: what
+    programs take last is the least.
     """
     tile = tl.program_id(0)
     e = tl.arange(0, E_POW2)
