@@ -184,6 +184,7 @@ def scatter_slots_kernel(
     BUCKETS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    """Slots of a block go behind those of earlier blocks and of earlier experts; the first block stores the offsets."""
     await_earlier_kernels(EARLY)
     block = tl.program_id(0)
     slot = block * BLOCK + tl.arange(0, BLOCK)

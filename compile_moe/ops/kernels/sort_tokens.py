@@ -48,7 +48,8 @@ def launches(
     num_blocks = _num_blocks(num_slots, BLOCK)
     # Where there are few slots, any memory stands for what the other launches would get.
     counts = expert_offsets if counts is None else counts
-    constants = {"HAS_MAP": expert_map is not None, **early_launch(sorted_slots.device)}
+    early = early_launch(sorted_slots.device)
+    constants = {"HAS_MAP": expert_map is not None, **early}
     # A histogram has at least as many buckets as a warp has threads.
     sorting = {**constants, "BUCKETS": triton.next_power_of_2(max(num_experts + 1, 32)), "num_warps": 4}
     few = (sorted_slots, expert_offsets, *ids, num_slots, *sizes)
@@ -76,7 +77,7 @@ def launches(
             scan_blocks_kernel,
             (num_experts + 1,),
             (counts, num_blocks),
-            {**early_launch(sorted_slots.device), "CHUNK": 1024, "num_warps": 4},
+            {**early, "CHUNK": 1024, "num_warps": 4},
         ),
         Launch(
             scatter_slots_kernel,
