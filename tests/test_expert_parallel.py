@@ -235,7 +235,7 @@ def _inductor_overlaps(rank: int, seed: int) -> None:
     (result, shared), (code,) = run_and_get_code(compiled, *shard.args)
     shard.check(result)
     torch.testing.assert_close(shared, (x @ w1).relu() @ w2)
-    sent = code.rindex("all_gather_into_tensor.default(")
+    sent = code.rindex("all_to_all_single.default(")
     assert sent < code.index("extern_kernels.mm(") < code.index("wait_tensor.default(", sent)
 
 

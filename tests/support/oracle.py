@@ -121,7 +121,9 @@ def assert_as_accurate(result: Tensor, layer: Layer, factor: float = 2.0) -> Non
     """The tolerance rule: against float64, at most ``factor`` times the error of plain PyTorch at that precision.
 
     In the Frobenius norm, plus ``factor`` roundings of the largest element, as large as its summands are: plain PyTorch
-    can be exact by luck. Norms over a few elements are noisy, which doubles ``factor`` where there are fewer than 256.
+    can be exact by luck. Norms over a few elements are noisy, which doubles ``factor`` where fewer than 256 are not
+    zero (a token whose experts have no room for it adds no error either), in float32 fewer than 512: there all error is
+    that of an order of sums, and once in some hundred draws of nine tokens it is 2.2 times another order's.
     """
     float64 = layer.to(torch.float64)
     exact = float64.reference()
@@ -130,7 +132,7 @@ def assert_as_accurate(result: Tensor, layer: Layer, factor: float = 2.0) -> Non
     assert torch.isfinite(result).all(), "not finite"
     if not result.numel():
         return
-    if result.numel() < 256:
+    if exact.count_nonzero() < (512 if result.dtype is torch.float32 else 256):
         factor *= 2
     error = (result.double() - exact).norm().item()
     plain = (layer.reference().double() - exact).norm().item()
