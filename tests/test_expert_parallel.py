@@ -24,7 +24,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from compile_moe import AllToAllPrepareAndFinalize, TritonExperts
-from compile_moe.prepare_finalize import all_gather, all_to_all
+from compile_moe.prepare_finalize import all_gather, all_to_all, collectives
 from tests.support.bench_ranks import measure_on_ranks
 from tests.support.expert_parallel import Case, make_shard, placements, run_cases
 from tests.support.ranks import spawn
@@ -54,6 +54,7 @@ def _two_ranks(rank: int, num_ranks: int, seed: int) -> None:
     run_cases(rank, num_ranks, seed)
     run_tensor_parallel(rank, num_ranks, seed)
     measure_on_ranks(rank, num_ranks, seed)
+    _gathered(rank)
     _two_groups(rank, seed)
     _starts_without_waiting(rank, seed)
     _microbatches(rank, seed)
@@ -70,6 +71,18 @@ def _two_ranks(rank: int, num_ranks: int, seed: int) -> None:
     _rank_that_hangs(rank, seed)
     # Last, as it leaves a group of one.
     _rank_that_fails(rank, seed, compiled)
+
+
+def _gathered(rank: int) -> None:
+    """As between CPUs, and by the op that GPUs take, one at a time."""
+    group = collectives.find_group(None)
+    expected = torch.cat([torch.arange(6).view(3, 2) + 10 * r for r in range(2)])
+    for device in ("cpu", "cuda"):
+        started = collectives.all_gather(
+            [expected[3 * rank :][:3]], group._replace(device=torch.device(device))
+        )
+        (result,) = collectives.wait(started)
+        assert torch.equal(result, expected)
 
 
 def _two_groups(rank: int, seed: int) -> None:
