@@ -75,13 +75,15 @@ def test_where_they_serve() -> None:
     assert not serve(form, x, w.byte(), scale.byte(), LIMITS)
 
 
-def chosen(num_slots: int, num_experts: int = 128, columns: int = 768, depth: int = 4096) -> Tile:
+def chosen(
+    num_slots: int, num_experts: int = 128, columns: int = 768, depth: int = 4096, gated: bool = True
+) -> Tile:
     x = torch.empty(max(num_slots, 1), depth, dtype=torch.bfloat16)
     w = torch.empty(num_experts, 1, depth // 2, dtype=torch.uint8)
     scale = torch.empty(num_experts, 1, depth // 128, dtype=torch.bfloat16)
     out = torch.empty(num_slots, columns, dtype=torch.bfloat16)
     form = weight_format(VARIANTS["int4_w4a16"].made.text)
-    return tile_choice(x, w, scale, out, form, True).tile
+    return tile_choice(x, w, scale, out, form, gated).tile
 
 
 def test_the_tile_follows_the_rows_of_an_average_expert() -> None:
@@ -93,6 +95,16 @@ def test_the_tile_follows_the_rows_of_an_average_expert() -> None:
     assert isinstance(narrow, FewRowsTile) and not isinstance(chosen(4097), FewRowsTile)
     # Enough programs with wide tiles, or too little for each to load.
     assert chosen(8, columns=4096).block_n == chosen(8, depth=2048).block_n == 64
+
+
+@pytest.mark.parametrize("slots, rows", [(64, 16), (128, 32)])
+def test_few_programs_with_more_to_load_are_narrow(slots: int, rows: int) -> None:
+    """Those of Mixtral's second GEMM on weights of 8 bits: as many bytes a row."""
+    second = {"num_experts": 8, "columns": 4096, "depth": 28672, "gated": False}
+    tile = chosen(slots, **second)
+    assert isinstance(tile, FewRowsTile) and (tile.block_m, tile.block_n, tile.num_warps) == (rows, 64, 2)
+    for change in ({"columns": 8192}, {"depth": 14336}):
+        assert chosen(slots, **{**second, **change}).block_n == 128
 
 
 def kernels_of(record: list[Any]) -> list[str]:

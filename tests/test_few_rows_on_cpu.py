@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from compile_moe.ops.kernels.quantized.few_rows.launches import TILES
+from compile_moe.ops.kernels.quantized.few_rows.launches import NARROW, WIDE
 from tests.support.few_rows_on_cpu import few_rows_on_cpu, kernels_launched
 from tests.support.launchers import launch
 from tests.support.quantized import make_quantized
@@ -16,22 +16,26 @@ from tests.support.quantized_gemms import GEMMS, Gemms
 from tests.support.quantized_inputs import op
 from tests.test_few_rows import VARIANTS, name
 
-#: Experts' rows on average: 1, with narrow tiles in GEMM 1 and in GEMM 2; 4, 10, 30. Depths that end in a step, or are
-#: less than one; columns that end in a tile.
+#: Experts' rows on average: 1, with narrow tiles in GEMM 1 and in GEMM 2; 4, 10, 30, and these with narrow tiles in one
+#: of the GEMMs. Depths that end in a step, or are less than one; columns that end in a tile.
 SIZES: dict[str, dict[str, Any]] = {
     "narrow GEMM 1": {"M": 1, "K": 2592, "I": 144, "E": 8},
     "narrow GEMM 2": {"M": 2, "K": 96, "I": 2624, "E": 8},
     "8 rows": {"M": 15, "K": 544, "I": 96, "E": 8, "routing": "empty", "activation": "swigluoai"},
     "16 rows": {"M": 20, "K": 96, "I": 1312, "E": 4, "skipped": True, "activation": "relu2_no_mul"},
     "32 rows": {"M": 60, "K": 288, "I": 160, "E": 4},
+    "narrow, 16 rows": {"M": 10, "K": 16672, "I": 32, "E": 2},
+    "narrow, 32 rows": {"M": 30, "K": 32, "I": 16672, "E": 2, "activation": "relu2_no_mul"},
 }
 #: Of both GEMMs: every tile is among them.
 TILES_OF = {
-    "narrow GEMM 1": (TILES[0], TILES[1]),
-    "narrow GEMM 2": (TILES[1], TILES[0]),
-    "8 rows": (TILES[1], TILES[1]),
-    "16 rows": (TILES[2], TILES[2]),
-    "32 rows": (TILES[3], TILES[3]),
+    "narrow GEMM 1": (NARROW[0], WIDE[0]),
+    "narrow GEMM 2": (WIDE[0], NARROW[0]),
+    "8 rows": (WIDE[0], WIDE[0]),
+    "16 rows": (WIDE[1], WIDE[1]),
+    "32 rows": (WIDE[2], WIDE[2]),
+    "narrow, 16 rows": (NARROW[1], WIDE[1]),
+    "narrow, 32 rows": (WIDE[2], NARROW[2]),
 }
 
 
@@ -51,8 +55,14 @@ def assert_right(variant: str, dtype: torch.dtype = torch.bfloat16, **layer: Any
     return [(constants["BLOCK_M"], constants["WARPS"]) for _, constants in kernels_launched]
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("variant", VARIANTS)
+# Narrow tiles for more rows than one have the longest depths.
+DEEP = ("int8_w8a16", "int4, zero points", "mxfp4_w4a16")
+
+
+@pytest.mark.parametrize(
+    "variant, size",
+    [(variant, size) for variant in VARIANTS for size in SIZES if "narrow, " not in size or variant in DEEP],
+)
 def test_gemms(variant: str, size: str) -> None:
     tiles = assert_right(variant, **SIZES[size], biased=True)
     assert tiles == [(tile.block_m, tile.num_warps) for tile in TILES_OF[size]]

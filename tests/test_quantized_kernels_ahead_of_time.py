@@ -28,6 +28,7 @@ OTHER_CODE = [variant for variant in DEFAULTS if not variant.startswith("fp8_w8a
 
 QWEN3_30B = (128, 8, 2048, 768)
 ODD = (7, 2, 75, 51)
+OWN_TILES = few_rows.WIDE + few_rows.NARROW
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -71,9 +72,11 @@ def compiled(
         sizes = x.element_size(), w.element_size(), x.size(1), columns
         for_few_rows = which in ("all", "few rows") and few_rows.serve(form, x, w, w_scale, limits)
         tiles = tile_candidates(*sizes, form, for_few_rows, gated, limits)
+        own = few_rows.candidates(columns, 2**16, gated) if for_few_rows else ()
         if which == "few rows":
-            return tuple(tile for tile in tiles if isinstance(tile, few_rows.FewRowsTile))
-        return (tiles[0], tiles[-1]) if which == "ends" else tiles
+            return own
+        others = (tile for tile in tiles if not isinstance(tile, few_rows.FewRowsTile))
+        return (tiles[0], tiles[-1]) if which == "ends" else (*own, *others)
 
     launches: list[tuple[Tile, Launch]] = []
     first, second = operands(variant, 64, e, n, k, dtype), operands(variant, s, e, k, i, dtype)
@@ -120,7 +123,7 @@ def test_on_hopper(variant: str) -> None:
     assert_no_spills(results)
     own = [result for tile, result in results if isinstance(tile, few_rows.FewRowsTile)]
     others = [result for tile, result in results if not isinstance(tile, few_rows.FewRowsTile)]
-    assert len(own) == (2 * len(few_rows.TILES) if DEFAULTS[variant].made.decode_words else 0)
+    assert len(own) == (2 * len(OWN_TILES) if DEFAULTS[variant].made.decode_words else 0)
     for result in own:
         assert_copies_16_bytes(result)
     assert all(result.has_wgmma for result in others)
@@ -167,7 +170,7 @@ def test_groups_of_8_bits() -> None:
 )
 def test_few_rows(variant: Variant, shape: tuple[int, ...], activation: str, dtype: torch.dtype) -> None:
     results = compiled(variant, 90, dtype, shape, activation, "few rows")
-    assert len(results) == 2 * len(few_rows.TILES)
+    assert len(results) == 2 * len(OWN_TILES)
     assert_no_spills(results, 32)
     for _, result in results:
         assert_copies_16_bytes(result)

@@ -112,7 +112,7 @@ def tile_candidates(
     gated: bool,
     limits: DeviceLimits,
 ) -> tuple[Tile, ...]:
-    """One tile for each of ``_ROW_TILES``, or those of ``few_rows`` and one for each larger one; ``block_n`` counts
+    """One tile for each of ``_ROW_TILES``, or some of ``few_rows`` and one for each larger one; ``block_n`` counts
     columns of the result, of which gate and up make one.
 
     Args:
@@ -121,9 +121,7 @@ def tile_candidates(
     """
     tiles: list[Tile] = []
     if for_few_rows:
-        tiles = [
-            tile._replace(block_n=tile.block_n // 2 if gated else tile.block_n) for tile in few_rows.TILES
-        ]
+        tiles = [*few_rows.candidates(num_columns, depth // weight_format.packed, gated)]
     for block_m in _ROW_TILES:
         if for_few_rows and block_m <= few_rows.MOST_ROWS:
             continue

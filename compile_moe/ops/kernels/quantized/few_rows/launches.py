@@ -29,18 +29,19 @@ class FewRowsTile(Tile):
     __slots__ = ()
 
 
-#: Rows of tokens, rows of weights; a step is deeper where these are packed. The first one has more and narrower
-#: programs, with more loads under way in each, for one token or few.
-TILES = (
-    FewRowsTile(8, 64, STEP_BYTES.value, 4, 2),
-    FewRowsTile(8, 128, STEP_BYTES.value, 2, 4),
-    FewRowsTile(16, 128, STEP_BYTES.value, 2, 4),
-    FewRowsTile(32, 128, STEP_BYTES.value, 2, 4),
+#: Rows of tokens, rows of weights; a step is deeper where these are packed.
+WIDE = tuple(FewRowsTile(rows, 128, STEP_BYTES.value, 2, 4) for rows in (8, 16, 32))
+#: More programs, with more loads under way in each, for where there are few.
+NARROW = tuple(
+    FewRowsTile(rows, 64, STEP_BYTES.value, stages, 2) for rows, stages in ((8, 4), (16, 4), (32, 3))
 )
-MOST_ROWS = TILES[-1].block_m
-#: Fewer programs than two for a multiprocessor of an H100, and bytes of a row of weights beyond which narrow ones pay:
-#: a layer took 48 instead of 57 us at one token with 1440 bytes, 25 instead of 20 with 1024 and 384 (H200, one run).
-_FEW_PROGRAMS, _NARROW_FROM = 256, 1280
+MOST_ROWS = WIDE[-1].block_m
+#: Fewer wide programs than that, and bytes of a row of weights beyond which narrow ones pay. With one row an expert,
+#: fewer than two for a multiprocessor of an H100: a layer took 48 instead of 57 us at one token with 1440 bytes, 25
+#: instead of 20 with 1024 and 384. With more, fewer than four, as many as a multiprocessor runs at a time: Mixtral in
+#: int8 at 32 tokens took 370 instead of 421 us with 14336 bytes, in int4 292 instead of 288 with 7168 (H200s, each pair
+#: from one run).
+_NARROW_PAYS = {8: (256, 1280), 16: (512, 8192), 32: (512, 8192)}
 #: The most rows of an average expert for which a tile is taken: so many that few experts need a second one. 32 was also
 #: faster than the other kernels' tile of 64, at gpt-oss with 1024 tokens on an H200.
 _AVERAGE_ROWS = {8: 5, 16: 12, 32: 32}
@@ -69,21 +70,37 @@ def serve(weight_format: WeightFormat, x: Tensor, w: Tensor, w_scale: Tensor, li
     return w.size(1) * w.stride(1) < 2**31
 
 
+def _narrow_pays(rows: int, programs: int, stored_depth: int) -> bool:
+    few, deep = _NARROW_PAYS[rows]
+    return programs < few and stored_depth > deep
+
+
+def candidates(num_columns: int, stored_depth: int, gated: bool) -> tuple[Tile, ...]:
+    """Theirs, whose ``block_n`` counts columns of the result, for any number of slots and experts.
+
+    Args:
+        stored_depth: bytes of a row of weights.
+    """
+    wide, narrow = (
+        [tile._replace(block_n=tile.block_n // 2 if gated else tile.block_n) for tile in tiles]
+        for tiles in (WIDE, NARROW)
+    )
+    programs = triton.cdiv(num_columns, wide[0].block_n)
+    return *wide, *(tile for tile in narrow if _narrow_pays(tile.block_m, programs, stored_depth))
+
+
 def choose(
     candidates: tuple[Tile, ...], num_slots: int, num_experts: int, num_columns: int, stored_depth: int
 ) -> Tile | None:
-    """The candidate of theirs for the average expert's rows; None where these are too many.
-
-    Args:
-        candidates: :data:`TILES`, whose ``block_n`` counts columns of the result, before others.
-        stored_depth: bytes of a row of weights.
-    """
+    """That of theirs among the candidates for the average expert's rows; None where these are too many."""
     experts = min(num_experts, max(num_slots, 1))
-    narrow, *others = candidates[: len(TILES)]
-    programs = experts * triton.cdiv(num_columns, others[0].block_n)
-    if num_slots <= experts and programs < _FEW_PROGRAMS and stored_depth > _NARROW_FROM:
-        return narrow
-    return next((tile for tile in others if num_slots <= experts * _AVERAGE_ROWS[tile.block_m]), None)
+    rows = next((rows for rows, most in _AVERAGE_ROWS.items() if num_slots <= experts * most), None)
+    if rows is None:
+        return None
+    wide, *narrow = (tile for tile in candidates if isinstance(tile, FewRowsTile) and tile.block_m == rows)
+    programs = experts * triton.cdiv(num_columns, wide.block_n)
+    pays = (num_slots <= experts or rows > 8) and _narrow_pays(rows, programs, stored_depth)
+    return narrow[0] if pays else wide
 
 
 def constants(weight_format: WeightFormat, has_zero: bool, tile: Tile, depth: int) -> dict[str, Any]:
