@@ -23,8 +23,10 @@ from tests.support.simulated_gpu import simulated_gpu
 from tests.support.warp_specialized import (
     EIGHT_BIT_LAYERS,
     HOPPER,
+    ROWS,
     assert_right_with_other_routing,
     assert_runs_right,
+    each_with_a_tile,
     on_hopper,
     warp_specialized_wherever_possible,
 )
@@ -38,6 +40,7 @@ def per_block(*shape: int) -> Variant:
 
 
 PER_BLOCK = per_block(128, 128)
+EIGHT_BITS = {"row": PER_ROW, "block": PER_BLOCK, "int8": INT8}
 OPS = dict(zip(GEMMS, (quantized_gather_gemm, quantized_scatter_gemm), strict=True))
 GEMM_KERNELS = {"eight_bit_gather_gemm_kernel", "eight_bit_scatter_gemm_kernel"}
 #: Of both GEMMs, which here write zeros to slots that are skipped.
@@ -151,19 +154,19 @@ def always(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @on_hopper
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", [PER_ROW, PER_BLOCK, INT8], ids=["row", "block", "int8"])
-@pytest.mark.parametrize("case", EIGHT_BIT_LAYERS)
-def test_layer(case: str, variant: Variant, always: None) -> None:
+@pytest.mark.parametrize(
+    "case, variant, always", each_with_a_tile(EIGHT_BIT_LAYERS, EIGHT_BITS), indirect=["always"]
+)
+def test_layer(case: str, variant: str, always: None) -> None:
     layer = EIGHT_BIT_LAYERS[case]
-    if variant == PER_BLOCK:
+    if variant == "block":
         # Tiles of gate and up, each of one block.
         layer = {**layer, "I": -(-layer["I"] // 64) * 64}
-    assert_runs_right(make_quantized(variant, **layer, dtype=torch.bfloat16), GEMM_KERNELS)
+    assert_runs_right(make_quantized(EIGHT_BITS[variant], **layer, dtype=torch.bfloat16), GEMM_KERNELS)
 
 
 @on_hopper
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [64, 90, 128, 150, 200, 256, 285, 512, 600])
 @pytest.mark.parametrize(
     "activation, variant, i",
     [
@@ -175,10 +178,11 @@ def test_layer(case: str, variant: Variant, always: None) -> None:
     ],
     ids=["row", "int8", "block", "tall block", "ungated block"],
 )
-def test_every_kind_of_tile(activation: str, variant: Variant, i: int, m: int, always: None) -> None:
+def test_every_kind_of_tile(activation: str, variant: Variant, i: int, always: None) -> None:
     """Over more steps than the ring has. Up begins within a block of weights."""
-    layer = {"M": m, "K": 1168, "I": i, "E": 1, "topk": 1, "activation": activation}
-    assert_runs_right(make_quantized(variant, **layer, dtype=torch.bfloat16), GEMM_KERNELS)
+    for m in ROWS:
+        layer = {"M": m, "K": 1168, "I": i, "E": 1, "topk": 1, "activation": activation}
+        assert_runs_right(make_quantized(variant, **layer, dtype=torch.bfloat16), GEMM_KERNELS)
 
 
 @on_hopper
@@ -202,7 +206,7 @@ def test_scales_of_tensors(static: str, always: None) -> None:
 
 @on_hopper
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", [PER_ROW, PER_BLOCK, INT8], ids=["row", "block", "int8"])
+@pytest.mark.parametrize("variant", EIGHT_BITS.values(), ids=EIGHT_BITS)
 def test_replays_with_other_routing(variant: Variant, always: None) -> None:
     q = make_quantized(variant, M=1024, K=256, I=128, E=8, dtype=torch.bfloat16)
     assert_right_with_other_routing(q)

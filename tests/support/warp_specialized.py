@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -13,7 +13,13 @@ import torch
 import compile_moe
 from compile_moe.ops.kernels import launch, remembered_calls, tuned_tiles
 from compile_moe.ops.kernels.quantized import tiles as quantized_tiles
-from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED, WARP_SPECIALIZED_FROM, DeviceLimits, Tile
+from compile_moe.ops.kernels.tiles import (
+    WARP_SPECIALIZED,
+    WARP_SPECIALIZED_FROM,
+    WARP_SPECIALIZED_TILES,
+    DeviceLimits,
+    Tile,
+)
 from compile_moe.ops.kernels.warp_specialized import descriptors
 from tests.support.quantized import Quantized, assert_as_accurate
 
@@ -66,6 +72,18 @@ EIGHT_BIT_LAYERS = {
     for name, layer in LAYERS.items()
     if not layer.get("transposed")
 }
+#: Rows of the only expert.
+ROWS = (64, 90, 128, 150, 200, 256, 285, 512, 600)
+
+
+def each_with_a_tile(first: Iterable[str], second: Iterable[str]) -> list[Any]:
+    """Parameters ``first, second, always``: every two of them meet. A kernel takes up to a minute to compile."""
+    tiles = WARP_SPECIALIZED_TILES
+    return [
+        pytest.param(a, b, tiles[(i + j) % len(tiles)], id=f"{a}-{b}-{tiles[(i + j) % len(tiles)].block_m}")
+        for i, a in enumerate(first)
+        for j, b in enumerate(second)
+    ]
 
 
 @contextmanager
@@ -129,6 +147,7 @@ def assert_right_with_other_routing(q: Quantized) -> None:
 def assert_runs_right(q: Quantized, kernels: set[str]) -> None:
     """An eager layer, by these kernels, with the same result each time."""
     args, options = q.on_gpu()
+    launch._ready.clear()
     first = compile_moe.fused_experts(*args, **options)
     assert_as_accurate(first.cpu(), q)
     assert kernels <= set(launched())
