@@ -12,6 +12,7 @@ from compile_moe.ops.kernels import launch
 from compile_moe.ops.kernels.quantized.few_rows.launches import FewRowsTile, serve
 from compile_moe.ops.kernels.quantized.tiles import tile_choice
 from compile_moe.ops.kernels.tiles import DeviceLimits, Tile
+from compile_moe.ops.kernels.tuned_tiles import TileChoice
 from compile_moe.ops.quantized_format import weight_format
 from compile_moe.quantization import SCHEMES, QuantizedWeights
 from tests.support.quantized import Variant, make_quantized
@@ -75,15 +76,18 @@ def test_where_they_serve() -> None:
     assert not serve(form, x, w.byte(), scale.byte(), LIMITS)
 
 
-def chosen(
-    num_slots: int, num_experts: int = 128, columns: int = 768, depth: int = 4096, gated: bool = True
-) -> Tile:
+def tile_choice_of(num_slots: int, num_experts: int, columns: int, depth: int, gated: bool) -> TileChoice:
     x = torch.empty(max(num_slots, 1), depth, dtype=torch.bfloat16)
     w = torch.empty(num_experts, 1, depth // 2, dtype=torch.uint8)
     scale = torch.empty(num_experts, 1, depth // 128, dtype=torch.bfloat16)
     out = torch.empty(num_slots, columns, dtype=torch.bfloat16)
-    form = weight_format(VARIANTS["int4_w4a16"].made.text)
-    return tile_choice(x, w, scale, out, form, gated).tile
+    return tile_choice(x, w, scale, out, weight_format(VARIANTS["int4_w4a16"].made.text), gated)
+
+
+def chosen(
+    num_slots: int, num_experts: int = 128, columns: int = 768, depth: int = 4096, gated: bool = True
+) -> Tile:
+    return tile_choice_of(num_slots, num_experts, columns, depth, gated).tile
 
 
 def test_the_tile_follows_the_rows_of_an_average_expert() -> None:
@@ -107,36 +111,48 @@ def test_few_programs_with_more_to_load_are_narrow(slots: int, rows: int) -> Non
         assert chosen(slots, **{**second, **change}).block_n == 128
 
 
-def kernels_of(record: list[Any]) -> list[str]:
-    return [each.compiled.name for ready in record for each in ready]
+@pytest.mark.parametrize(
+    "columns, depth, gated", [(768, 4096, True), (4096, 28672, False), (2048, 768, False)]
+)
+def test_no_number_of_tokens_takes_a_tile_that_was_not_loaded(columns: int, depth: int, gated: bool) -> None:
+    choices = [
+        tile_choice_of(slots, experts, columns, depth, gated)
+        for experts in (1, 2, 8, 128)
+        for slots in (0, 1, 2, 7, 8, 9, 30, 64, 100, 128, 500, 1536, 4096, 5000)
+    ]
+    assert {choice.candidates for choice in choices} == {choices[0].candidates}
+    assert all(choice.tile in choice.candidates for choice in choices)
 
 
-def run(stage: str, arguments: Any) -> tuple[Tensor, list[str]]:
-    """The result and the kernels that made it."""
+def run(stage: str, arguments: Any) -> tuple[Tensor, dict[str, int]]:
+    """The result, and warps of the kernels that made it."""
     record: list[Any] = []
     on_gpu = [a.cuda() if isinstance(a, Tensor) and not a.is_cuda else a for a in arguments]
-    with launch.recording(lambda ready, _: record.append(ready)):
+    with launch.recording(lambda ready, _: record.extend(ready)):
         result = op(stage)(*on_gpu)
-    return result, kernels_of(record)
+    return result, {each.compiled.name: each.compiled.metadata.num_warps for each in record}
 
 
 def name(stage: str) -> str:
     return f"{stage.replace('quantized', 'few_rows')}_kernel"
 
 
-def assert_right(gemms: Gemms) -> None:
-    """Both GEMMs, by these kernels."""
+def assert_right(gemms: Gemms) -> list[int]:
+    """Both GEMMs, by these kernels: with how many warps."""
+    warps = []
     for stage in GEMMS:
         result, kernels = run(stage, gemms.inputs[stage])
-        assert kernels == [name(stage)]
+        assert list(kernels) == [name(stage)]
+        warps.append(kernels[name(stage)])
         gemms.check(stage, result.cpu())
+    return warps
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("activation", ["silu", "swigluoai", "relu2_no_mul"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gemms(variant: str, activation: str) -> None:
-    """Every tile; depths that end in a step, or are less than one; columns that end in a tile."""
+    """Every tile but the two of the next test; depths that end in a step, or are less than one; columns in a tile."""
     # Experts' rows on average: 1, with narrow tiles in GEMM 1 and in GEMM 2, 4, 10, 30, and 1 of many experts.
     sizes = (
         *((1, 2592, 272, 8), (2, 96, 2624, 8)),
@@ -148,6 +164,17 @@ def test_gemms(variant: str, activation: str) -> None:
             skipped=m == 40, routing="empty" if m == 15 else "random",
         )  # fmt: skip
         assert_right(Gemms(made))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_narrow_tiles_for_more_rows(variant: str) -> None:
+    """Of 16 and of 32, which have the longest depths: in GEMM 1, then in GEMM 2."""
+    for m, k, i, warps in ((10, 16672, 32, [2, 4]), (30, 32, 16672, [4, 2])):
+        made = make_quantized(
+            VARIANTS[variant], M=m, K=k, I=i, E=2, topk=2, biased=True, dtype=torch.bfloat16
+        )
+        assert assert_right(Gemms(made)) == warps
 
 
 @pytest.mark.gpu
@@ -231,4 +258,4 @@ def test_other_operands_take_other_kernels() -> None:
         # With its strides, and its distance from 16 bytes.
         storage = torch.empty(other.untyped_storage().nbytes() // 2, dtype=x.dtype, device="cuda")
         moved = storage.as_strided(other.shape, other.stride(), other.storage_offset()).copy_(other)
-        assert run(GEMMS[0], (moved, *rest))[1] == ["quantized_gather_gemm_kernel"]
+        assert run(GEMMS[0], (moved, *rest))[1].keys() == {"quantized_gather_gemm_kernel"}

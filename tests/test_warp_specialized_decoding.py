@@ -25,7 +25,7 @@ from tests.support.quantized_gemms import GEMMS, Gemms
 from tests.support.warp_specialized import (
     HOPPER,
     LAYERS,
-    ROWS,
+    assert_each_number_of_rows_runs_right,
     assert_right_with_other_routing,
     assert_runs_right,
     each_with_a_tile,
@@ -155,9 +155,7 @@ def test_layer(case: str, variant: str, always: None) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", ["int8_w8a16", "int4, zero points", "mxfp4_w4a16"])
 def test_every_kind_of_tile(variant: str, always: None) -> None:
-    for m in ROWS:
-        layer = {"M": m, "K": 1184, "I": 352, "E": 1, "topk": 1, "biased": True}
-        assert_runs_right(make_quantized(VARIANTS[variant], **layer, dtype=torch.bfloat16), GEMM_KERNELS)
+    assert_each_number_of_rows_runs_right(VARIANTS[variant], GEMM_KERNELS, K=1184, I=352, biased=True)
 
 
 @on_hopper
@@ -170,11 +168,18 @@ def test_float16(variant: str, always: None) -> None:
 
 @on_hopper
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "variant, dtype, always", each_with_a_tile(VARIANTS, ["bfloat16", "float16"]), indirect=["always"]
-)
-def test_every_number(variant: str, dtype: str, always: None) -> None:
-    assert_every_number(VARIANTS[variant], 256, getattr(torch, dtype), KERNELS[GEMMS[0]])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_number(variant: str, always: None) -> None:
+    dtype = torch.bfloat16 if VARIANTS[variant].made.powers_of_two else torch.float16
+    assert_every_number(VARIANTS[variant], 256, dtype, KERNELS[GEMMS[0]])
+
+
+@on_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_number_in_bfloat16(variant: str) -> None:
+    with warp_specialized_wherever_possible():
+        assert_every_number(VARIANTS[variant], 256, torch.bfloat16, KERNELS[GEMMS[0]])
 
 
 @on_hopper

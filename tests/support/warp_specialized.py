@@ -21,7 +21,7 @@ from compile_moe.ops.kernels.tiles import (
     Tile,
 )
 from compile_moe.ops.kernels.warp_specialized import descriptors
-from tests.support.quantized import Quantized, assert_as_accurate
+from tests.support.quantized import Quantized, Variant, assert_as_accurate, make_quantized
 
 HOPPER = DeviceLimits(227 * 1024, async_mma=True, warp_specialized=True)
 on_hopper = pytest.mark.skipif(
@@ -72,13 +72,12 @@ EIGHT_BIT_LAYERS = {
     for name, layer in LAYERS.items()
     if not layer.get("transposed")
 }
-#: Rows of the only expert.
-ROWS = (64, 90, 128, 150, 200, 256, 285, 512, 600)
 
 
 def each_with_a_tile(first: Iterable[str], second: Iterable[str]) -> list[Any]:
-    """Parameters ``first, second, always``: every two of them meet. A kernel takes up to a minute to compile."""
-    tiles = WARP_SPECIALIZED_TILES
+    """Parameters ``first, second, always``, of which every two meet: a kernel takes up to a minute to compile."""
+    first, second, tiles = list(first), list(second), WARP_SPECIALIZED_TILES
+    assert min(len(first), len(second)) >= len(tiles)
     return [
         pytest.param(a, b, tiles[(i + j) % len(tiles)], id=f"{a}-{b}-{tiles[(i + j) % len(tiles)].block_m}")
         for i, a in enumerate(first)
@@ -153,6 +152,17 @@ def assert_runs_right(q: Quantized, kernels: set[str]) -> None:
     assert kernels <= set(launched())
     for _ in range(2):
         assert torch.equal(compile_moe.fused_experts(*args, **options), first)
+
+
+def assert_each_number_of_rows_runs_right(variant: Variant, kernels: set[str], **layer: Any) -> None:
+    for m in (64, 90, 128, 150, 200, 256, 285, 512, 600):
+        try:
+            assert_runs_right(
+                make_quantized(variant, M=m, E=1, topk=1, dtype=torch.bfloat16, **layer), kernels
+            )
+        except AssertionError as error:
+            error.add_note(f"with {m} rows")
+            raise
 
 
 def assert_both_were_launched() -> None:

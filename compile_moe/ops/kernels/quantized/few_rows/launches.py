@@ -31,16 +31,18 @@ class FewRowsTile(Tile):
 
 #: Rows of tokens, rows of weights; a step is deeper where these are packed.
 WIDE = tuple(FewRowsTile(rows, 128, STEP_BYTES.value, 2, 4) for rows in (8, 16, 32))
-#: More programs, with more loads under way in each, for where there are few.
+#: More programs, with more loads under way in each, for where there are few. Of those for 32 rows a multiprocessor runs
+#: four with three stages, three with four.
 NARROW = tuple(
     FewRowsTile(rows, 64, STEP_BYTES.value, stages, 2) for rows, stages in ((8, 4), (16, 4), (32, 3))
 )
 MOST_ROWS = WIDE[-1].block_m
-#: Fewer wide programs than that, and bytes of a row of weights beyond which narrow ones pay. With one row an expert,
-#: fewer than two for a multiprocessor of an H100: a layer took 48 instead of 57 us at one token with 1440 bytes, 25
-#: instead of 20 with 1024 and 384. With more, fewer than four, as many as a multiprocessor runs at a time: Mixtral in
-#: int8 at 32 tokens took 370 instead of 421 us with 14336 bytes, in int4 292 instead of 288 with 7168 (H200s, each pair
-#: from one run).
+#: By rows: with fewer wide programs, and more bytes of a row of weights, than these, narrow ones pay. Those of 8 only
+#: with one row an expert (with more they weren't tried), where wide programs are fewer than two for a multiprocessor
+#: of an H100: a layer took 48 instead of 57 us at one token with 1440 bytes, 25 instead of 20 with 1024 and 384. The
+#: others where they are fewer than four, as many as a multiprocessor runs at a time: Mixtral in int8, with 14336 bytes,
+#: took 370 instead of 421 us at 32 tokens, 16 rows, and 443 instead of 461 at 64, 32 rows; in int4, with 7168, 292
+#: instead of 288 at 32 (H200s, each pair from one run).
 _NARROW_PAYS = {8: (256, 1280), 16: (512, 8192), 32: (512, 8192)}
 #: The most rows of an average expert for which a tile is taken: so many that few experts need a second one. 32 was also
 #: faster than the other kernels' tile of 64, at gpt-oss with 1024 tokens on an H200.
