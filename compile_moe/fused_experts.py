@@ -23,6 +23,7 @@ from compile_moe.ops.problem_size import (
 from compile_moe.ops.registry import remembering, runs_directly
 from compile_moe.prepare_finalize import MoEPrepareAndFinalizeNoEP
 from compile_moe.quant_config import FusedMoEQuantConfig, require_quant_config
+from compile_moe.quantized_layer import quantized_fused_moe
 
 
 def fused_experts(
@@ -131,6 +132,35 @@ def _layer(
     )
     require(w1.dim() == 3, lambda: f"w1 must be (E, N, K), got {shape(w1)}")
     resolved = resolve_activation(activation, w1.size(1), hidden_states)
+    if (
+        quant_config is not None
+        and isinstance(activation, str)
+        and not inplace
+        and torch.compiler.is_compiling()
+    ):
+        compiled: Tensor = quantized_fused_moe(
+            hidden_states,
+            w1,
+            w2,
+            topk_weights,
+            topk_ids,
+            quant_config.scheme,
+            quant_config.block_shape,
+            quant_config.group_size,
+            quant_config.w1_scale,
+            quant_config.w2_scale,
+            quant_config.w1_zp,
+            quant_config.w2_zp,
+            quant_config.a1_scale,
+            quant_config.a2_scale,
+            activation,
+            global_num_experts,
+            expert_map,
+            apply_router_weight_on_input,
+            w1_bias,
+            w2_bias,
+        )
+        return compiled
     if resolved.function is not None or quant_config is not None:
         kernel = FusedMoEModularKernel(
             MoEPrepareAndFinalizeNoEP(quant_config), TritonExperts(w1_bias, w2_bias, quant_config)

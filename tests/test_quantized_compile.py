@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import compile_moe
 from compile_moe import FusedMoEQuantConfig
+from compile_moe.quantized_layer import quantized_fused_moe
 from tests.support.oracle import CASES
 from tests.support.quantized import (
     ONE_A_SCALING,
@@ -21,6 +23,7 @@ from tests.support.quantized import (
     make_quantized,
 )
 from tests.support.quantized_calls import CALLABLES, STATIC, run
+from tests.support.quantized_inputs import opcheck
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -62,6 +65,41 @@ def test_callable_through_inductor(variant: str) -> None:
     function = CALLABLES["row-wise"]
     q = make_quantized(VARIANTS[variant], activation=function, function=function, skipped=True)
     assert_as_accurate(run(q, "fused_experts", "inductor"), q)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dynamo_sees_one_call(variant: str) -> None:
+    """Which passes opcheck: dynamo would take a second for what the modular kernel does around the stages."""
+    graphs: list[fx.GraphModule] = []
+
+    def keep(graph: fx.GraphModule, _: object) -> Any:
+        graphs.append(graph)
+        return graph
+
+    q = make_quantized(VARIANTS[variant], E=4, skipped=True, mapped=True, biased=True, activation="gelu")
+    assert_as_accurate(run(q, backend=keep), q)
+    (graph,) = graphs
+    (call,) = graph.graph.find_nodes(op="call_function", target=quantized_fused_moe)
+    assert [node.op for node in graph.graph.nodes if node.op not in ("placeholder", "output")] == [
+        "call_function"
+    ]
+    config = q.config()
+    arguments = (
+        *(config.scheme, config.block_shape, config.group_size, config.w1_scale, config.w2_scale),
+        *(
+            config.w1_zp,
+            config.w2_zp,
+            config.a1_scale,
+            config.a2_scale,
+            "gelu",
+            -1,
+            q.layer.expert_map,
+            False,
+        ),
+        *(q.layer.w1_bias, q.layer.w2_bias),
+    )
+    assert len(call.args) == len(q.args) + len(arguments)
+    opcheck(quantized_fused_moe, (*q.args, *arguments))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
