@@ -1,10 +1,9 @@
-"""A quantized layer as one op, which expands into its stages when compiled: dynamo, which would take a second for what
-the modular kernel does around them, sees a call.
+"""A quantized layer as one op, which expands into its stages when compiled: dynamo, which would go through thousands of
+instructions of the modular kernel's Python for each layer, sees a call.
 
 Args:
     hidden_states: (M, K), before quantization. w1, w2, scales, zero points: in the scheme's layouts.
-    scheme, block_shape, group_size: those of :class:`FusedMoEQuantConfig`.
-    activation: name of an activation, or an epilogue's program text.
+    scheme: text of a scheme with its sizes, as of the quantized GEMMs. activation: name of an activation.
     The others as of :func:`compile_moe.fused_experts`.
 
 Returns:
@@ -13,6 +12,8 @@ Returns:
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from torch import Tensor
 
 from compile_moe.experts import TritonExperts
@@ -20,6 +21,7 @@ from compile_moe.modular_kernel import FusedMoEModularKernel
 from compile_moe.ops.registry import define_composite
 from compile_moe.prepare_finalize import MoEPrepareAndFinalizeNoEP
 from compile_moe.quant_config import FusedMoEQuantConfig
+from compile_moe.quantization import parse_scheme
 
 
 def _quantized_layer(
@@ -29,8 +31,6 @@ def _quantized_layer(
     topk_weights: Tensor,
     topk_ids: Tensor,
     scheme: str,
-    block_shape: list[int] | None = None,
-    group_size: int | None = None,
     w1_scale: Tensor | None = None,
     w2_scale: Tensor | None = None,
     w1_zp: Tensor | None = None,
@@ -44,8 +44,17 @@ def _quantized_layer(
     w1_bias: Tensor | None = None,
     w2_bias: Tensor | None = None,
 ) -> Tensor:
+    made = parse_scheme(scheme)
+    sizes = {field.name: getattr(made, field.name) for field in fields(made)}
     config = FusedMoEQuantConfig(
-        scheme, block_shape, group_size, w1_scale, w2_scale, w1_zp, w2_zp, a1_scale, a2_scale
+        made.name,
+        w1_scale=w1_scale,
+        w2_scale=w2_scale,
+        w1_zp=w1_zp,
+        w2_zp=w2_zp,
+        a1_scale=a1_scale,
+        a2_scale=a2_scale,
+        **sizes,
     )
     kernel = FusedMoEModularKernel(MoEPrepareAndFinalizeNoEP(config), TritonExperts(w1_bias, w2_bias, config))
     result: Tensor = kernel(
@@ -65,7 +74,7 @@ def _quantized_layer(
 quantized_fused_moe = define_composite(
     "quantized_fused_moe",
     "Tensor hidden_states, Tensor w1, Tensor w2, Tensor topk_weights, Tensor topk_ids, str scheme, "
-    "int[]? block_shape=None, int? group_size=None, Tensor? w1_scale=None, Tensor? w2_scale=None, "
+    "Tensor? w1_scale=None, Tensor? w2_scale=None, "
     "Tensor? w1_zp=None, Tensor? w2_zp=None, Tensor? a1_scale=None, Tensor? a2_scale=None, "
     'str activation="silu", SymInt global_num_experts=-1, Tensor? expert_map=None, '
     "bool apply_router_weight_on_input=False, Tensor? w1_bias=None, Tensor? w2_bias=None",
