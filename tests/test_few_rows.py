@@ -101,7 +101,7 @@ def test_the_tile_follows_the_rows_of_an_average_expert() -> None:
     assert chosen(8, columns=4096).block_n == chosen(8, depth=2048).block_n == 64
 
 
-@pytest.mark.parametrize("slots, rows", [(64, 16), (128, 32)])
+@pytest.mark.parametrize("slots, rows", [(8, 8), (32, 8), (64, 16), (128, 32)])
 def test_few_programs_with_more_to_load_are_narrow(slots: int, rows: int) -> None:
     """Those of Mixtral's second GEMM on weights of 8 bits: as many bytes a row."""
     second = {"num_experts": 8, "columns": 4096, "depth": 28672, "gated": False}
@@ -152,7 +152,7 @@ def assert_right(gemms: Gemms) -> list[int]:
 @pytest.mark.parametrize("activation", ["silu", "swigluoai", "relu2_no_mul"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gemms(variant: str, activation: str) -> None:
-    """Every tile but the two of the next test; depths that end in a step, or are less than one; columns in a tile."""
+    """Every tile but those of the next test; depths that end in a step, or are less than one; columns in a tile."""
     # Experts' rows on average: 1, with narrow tiles in GEMM 1 and in GEMM 2, 4, 10, 30, and 1 of many experts.
     sizes = (
         *((1, 2592, 272, 8), (2, 96, 2624, 8)),
@@ -169,8 +169,8 @@ def test_gemms(variant: str, activation: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_narrow_tiles_for_more_rows(variant: str) -> None:
-    """Of 16 and of 32, which have the longest depths: in GEMM 1, then in GEMM 2."""
-    for m, k, i, warps in ((10, 16672, 32, [2, 4]), (30, 32, 16672, [4, 2])):
+    """Of 8, 16 and 32, with the longest depths: in GEMM 1 or in GEMM 2."""
+    for m, k, i, warps in ((4, 32, 16672, [4, 2]), (10, 16672, 32, [2, 4]), (30, 32, 16672, [4, 2])):
         made = make_quantized(
             VARIANTS[variant], M=m, K=k, I=i, E=2, topk=2, biased=True, dtype=torch.bfloat16
         )

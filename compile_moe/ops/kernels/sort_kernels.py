@@ -71,15 +71,43 @@ def sort_tiny_kernel(
 
 
 @triton.jit
-def _place(sorted_slots_ptr, expert, starts, block, num_slots, BLOCK: tl.constexpr):
-    """Sort the slots of a block and store them. starts: where the first one of each expert goes, minus the slots of
-    the block that go to experts before it.
+def _store_offsets(expert_offsets_ptr, total, num_experts, BUCKETS: tl.constexpr):
+    bucket = tl.arange(0, BUCKETS)
+    tl.store(expert_offsets_ptr + bucket, tl.cumsum(total, 0) - total, mask=bucket < num_experts)
+    tl.store(expert_offsets_ptr + num_experts, tl.sum(total, 0))
+
+
+@triton.jit
+def _place(
+    sorted_slots_ptr,
+    expert,
+    total,
+    before,
+    here,
+    block,
+    num_slots,
+    num_experts,
+    BUCKETS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sort the slots of a block and store them.
+
+    Args:
+        expert: of each slot, num_experts where it is skipped.
+        total, before, here: slots of each expert, all, those of earlier blocks, and of this one.
     """
     lane = tl.arange(0, BLOCK)
     key = tl.sort(expert * BLOCK + lane)
     slot = block * BLOCK + key % BLOCK
+    # Where the first one of each expert goes, minus the slots of the block that go to experts before it.
+    elsewhere = total - here
+    starts = before + tl.cumsum(elsewhere, 0) - elsewhere
+    skipped_start = tl.sum(elsewhere, 0) + block * BLOCK - tl.sum(before, 0)
+    expert = key // BLOCK
+    start = tl.gather(starts, tl.minimum(expert, BUCKETS - 1), 0)
+    start = tl.where(expert == num_experts, skipped_start, start)
     # What there is of the last block comes first in it: skipped slots are last, and in order.
-    tl.store(sorted_slots_ptr + tl.gather(starts, key // BLOCK, 0) + lane, slot, mask=slot < num_slots)
+    tl.store(sorted_slots_ptr + start + lane, slot, mask=slot < num_slots)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -112,20 +140,19 @@ def sort_small_kernel(
     for first in range(0, num_slots, CHUNK):
         other_slot = first + tl.arange(0, CHUNK)
         other = local_expert(ids, other_slot, other_slot < num_slots, sizes, HAS_MAP)
-        total += tl.histogram(other, BUCKETS)
+        chosen = other < num_experts
+        total += tl.histogram(other, BUCKETS, chosen)
         if first < block * BLOCK:
-            before += tl.histogram(other, BUCKETS, other_slot < block * BLOCK)
+            before += tl.histogram(other, BUCKETS, chosen & (other_slot < block * BLOCK))
     if block == 0:
-        bucket = tl.arange(0, BUCKETS)
-        tl.store(expert_offsets_ptr + bucket, tl.cumsum(total, 0) - total, mask=bucket <= num_experts)
-    elsewhere = total - tl.histogram(expert, BUCKETS)
-    starts = before + tl.cumsum(elsewhere, 0) - elsewhere
-    _place(sorted_slots_ptr, expert, starts, block, num_slots, BLOCK)
+        _store_offsets(expert_offsets_ptr, total, num_experts, BUCKETS)
+    here = tl.histogram(expert, BUCKETS, expert < num_experts)
+    _place(sorted_slots_ptr, expert, total, before, here, block, num_slots, num_experts, BUCKETS, BLOCK)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_blocks"])
 def block_histograms_kernel(
-    counts_ptr,  # (E + 1, num_blocks + 1)
+    counts_ptr,  # (E, num_blocks + 1)
     topk_ids_ptr,
     expert_map_ptr,
     num_slots,
@@ -140,7 +167,7 @@ def block_histograms_kernel(
     BUCKETS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Slots of each block that go to each expert; slots that aren't there count as skipped."""
+    """Slots of each block that go to each expert."""
     await_earlier_kernels(EARLY)
     block = tl.program_id(0)
     slot = block * BLOCK + tl.arange(0, BLOCK)
@@ -148,7 +175,8 @@ def block_histograms_kernel(
     expert = local_expert((topk_ids_ptr, expert_map_ptr), slot, slot < num_slots, sizes, HAS_MAP)
     bucket = tl.arange(0, BUCKETS)
     row_ptr = counts_ptr + bucket.to(tl.int64) * (num_blocks + 1)
-    tl.store(row_ptr + block, tl.histogram(expert, BUCKETS), mask=bucket <= num_experts)
+    count = tl.histogram(expert, BUCKETS, expert < num_experts)
+    tl.store(row_ptr + block, count, mask=bucket < num_experts)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -169,7 +197,7 @@ def scan_blocks_kernel(counts_ptr, num_blocks, CHUNK: tl.constexpr, EARLY: tl.co
 def scatter_slots_kernel(
     sorted_slots_ptr,
     expert_offsets_ptr,
-    counts_ptr,  # (E + 1, num_blocks + 1), scanned
+    counts_ptr,  # (E, num_blocks + 1), scanned
     topk_ids_ptr,
     expert_map_ptr,
     num_slots,
@@ -191,13 +219,12 @@ def scatter_slots_kernel(
     sizes = topk, stride_im, stride_ij, num_global, num_experts
     expert = local_expert((topk_ids_ptr, expert_map_ptr), slot, slot < num_slots, sizes, HAS_MAP)
     bucket = tl.arange(0, BUCKETS)
-    there = bucket <= num_experts
+    there = bucket < num_experts
     row_ptr = counts_ptr + bucket.to(tl.int64) * (num_blocks + 1)
     before = tl.load(row_ptr + block, mask=there, other=0)
     through = tl.load(row_ptr + block + 1, mask=there, other=0)
     total = tl.load(row_ptr + num_blocks, mask=there, other=0)
     if block == 0:
-        tl.store(expert_offsets_ptr + bucket, tl.cumsum(total, 0) - total, mask=there)
-    elsewhere = total - (through - before)
-    starts = before + tl.cumsum(elsewhere, 0) - elsewhere
-    _place(sorted_slots_ptr, expert, starts, block, num_slots, BLOCK)
+        _store_offsets(expert_offsets_ptr, total, num_experts, BUCKETS)
+    here = through - before
+    _place(sorted_slots_ptr, expert, total, before, here, block, num_slots, num_experts, BUCKETS, BLOCK)

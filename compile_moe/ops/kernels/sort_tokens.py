@@ -51,7 +51,8 @@ def launches(
     early = early_launch(sorted_slots.device)
     constants = {"HAS_MAP": expert_map is not None, **early}
     # A histogram has at least as many buckets as a warp has threads.
-    sorting = {**constants, "BUCKETS": triton.next_power_of_2(max(num_experts + 1, 32)), "num_warps": 4}
+    buckets = triton.next_power_of_2(max(num_experts, 32))
+    sorting = {**constants, "BUCKETS": buckets, "num_warps": 4}
     few = (sorted_slots, expert_offsets, *ids, num_slots, *sizes)
     tiny_blocks = triton.cdiv(num_slots, TINY_BLOCK) + triton.cdiv(num_experts + 1, TINY_BLOCK)
     tiny = Launch(
@@ -64,7 +65,7 @@ def launches(
         sort_small_kernel,
         (_num_blocks(num_slots, SMALL_BLOCK),),
         few,
-        {**sorting, "BLOCK": SMALL_BLOCK, "CHUNK": 512},
+        {**sorting, "BLOCK": SMALL_BLOCK, "CHUNK": 512 if buckets < 2048 else 256},
     )
     large = (
         Launch(
@@ -75,7 +76,7 @@ def launches(
         ),
         Launch(
             scan_blocks_kernel,
-            (num_experts + 1,),
+            (num_experts,),
             (counts, num_blocks),
             {**early, "CHUNK": 1024, "num_warps": 4},
         ),
@@ -119,7 +120,7 @@ def scratch(sorted_slots: Tensor, num_experts: int) -> Tensor | None:
     num_slots = sorted_slots.size(0)
     if num_slots <= SMALL_MAX_SLOTS:
         return None
-    return sorted_slots.new_empty((num_experts + 1) * (_num_blocks(num_slots, BLOCK) + 1))
+    return sorted_slots.new_empty(num_experts * (_num_blocks(num_slots, BLOCK) + 1))
 
 
 def _plan(sorted_slots: Tensor, *rest: Any) -> Plan:

@@ -27,63 +27,67 @@ def rows_of(expert_offsets_ptr, e, num_slots, num_experts):
     return start, tl.where(e < num_experts, end - start, 0)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_experts"])
+@triton.jit
+def tiles_of(rows, ROWS: tl.constexpr, TAIL: tl.constexpr, MERGED: tl.constexpr):
+    """Tiles of an expert's rows, and how many of these are tails of its first tiles."""
+    rest = rows % ROWS
+    tails = tl.where(rest <= tl.minimum(rows // ROWS * TAIL, MERGED), rest, 0)
+    return (rows - tails + ROWS - 1) // ROWS, tails
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_experts", "most_tiles"])
 def row_tiles_kernel(
-    tiles_ptr,  # (1 + number of programs, FIELDS): the number of tiles and 0, that of taken ones, then the tiles
+    tiles_ptr,  # (1 + most_tiles, FIELDS): the number of tiles and 0, that of taken ones, then the tiles
     expert_offsets_ptr,  # (E + 1,)
     num_slots,
     num_experts,
+    most_tiles,
     E_POW2: tl.constexpr,
     ROWS: tl.constexpr,
     TAIL: tl.constexpr,
     MERGED: tl.constexpr,
     GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """A tile is (expert, first row, rows, 256 * (tiles of its group before it) + tiles of its group).
+    """The tiles of an expert: (expert, first row, rows, 256 * (tiles of its group before it) + tiles of its group).
 
     An expert's rows beyond a multiple of ROWS, if no more than MERGED, are tails of TAIL of its first tiles. Offsets
     are clamped, so that no content of expert_offsets leads outside the rows. Experts with more rows come first: what
     programs take last is the least.
     """
-    tile = tl.program_id(0)
+    expert = tl.program_id(0)
     e = tl.arange(0, E_POW2)
-    # Of few bits, so that with the expert it is one number; beyond them, any order.
-    MOST: tl.constexpr = 2**31 // E_POW2 - 1
-    _, rows = rows_of(expert_offsets_ptr, e, num_slots, num_experts)
-    e = E_POW2 - 1 - tl.sort(tl.minimum(rows, MOST) * E_POW2 + (E_POW2 - 1 - e), descending=True) % E_POW2
-    start, rows = rows_of(expert_offsets_ptr, e, num_slots, num_experts)
-    whole = rows // ROWS
-    rest = rows % ROWS
-    in_tails = rest <= tl.minimum(whole * TAIL, MERGED)
-    tiles = whole + tl.where((rest > 0) & (in_tails == 0), 1, 0)
-    after = tl.cumsum(tiles, 0)
-    here = (after > tile) & (after - tiles <= tile)
-    expert = tl.sum(tl.where(here, e, 0), 0)
-    index = tile - tl.sum(tl.where(here, after - tiles, 0), 0)
-    tails = tl.sum(tl.where(here & in_tails, rest, 0), 0)
-    before = index * ROWS + tl.minimum(index * TAIL, tails)
-    most = ROWS + tl.minimum(tl.maximum(tails - index * TAIL, 0), TAIL)
-    first = tl.sum(tl.where(here, start, 0), 0) + before
-    left = tl.sum(tl.where(here, rows, 0), 0) - before
+    _, every = rows_of(expert_offsets_ptr, e, num_slots, num_experts)
+    start, rows = rows_of(expert_offsets_ptr, expert, num_slots, num_experts)
+    every_tiles, _ = tiles_of(every, ROWS, TAIL, MERGED)
+    is_before = (every > rows) | ((every == rows) & (e < expert))
+    first_tile = tl.sum(tl.where(is_before, every_tiles, 0), 0)
+    tiles, tails = tiles_of(rows, ROWS, TAIL, MERGED)
     # Groups of nearly equal sizes, larger ones first.
-    tiles_here = tl.maximum(tl.sum(tl.where(here, tiles, 0), 0), 1)
-    groups = (tiles_here + GROUP - 1) // GROUP
-    size = tiles_here // groups
-    larger = tiles_here % groups * (size + 1)
-    in_group = tl.where(index < larger, index % (size + 1), (index - larger) % size)
-    size = tl.where(index < larger, size + 1, size)
-    # Experts' rows may overlap where the offsets make no sense: the tiles may then be more than the list holds.
-    total = tl.minimum(tl.sum(tiles, 0), tl.num_programs(0))
-    found = tile < total
-    # An empty list has a tile without rows, which the kernels read but don't compute.
-    out = tiles_ptr + 4 + 4 * tile
-    tl.store(out, tl.where(found, expert, 0))
-    tl.store(out + 1, tl.where(found, first, 0))
-    tl.store(out + 2, tl.where(found, tl.minimum(left, most), 0))
-    tl.store(out + 3, tl.where(found, in_group * 256 + size, 1))
-    if tile == 0:
+    groups = tl.maximum((tiles + GROUP - 1) // GROUP, 1)
+    small = tl.maximum(tiles // groups, 1)
+    larger = tiles % groups * (small + 1)
+    for first in range(0, tiles, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        before = index * ROWS + tl.minimum(index * TAIL, tails)
+        most = ROWS + tl.minimum(tl.maximum(tails - index * TAIL, 0), TAIL)
+        in_group = tl.where(index < larger, index % (small + 1), (index - larger) % small)
+        size = tl.where(index < larger, small + 1, small)
+        out = tiles_ptr + 4 + 4 * (first_tile + index)
+        # Experts' rows may overlap where the offsets make no sense: the tiles may then be more than the list holds.
+        mask = (index < tiles) & (first_tile + index < most_tiles)
+        tl.store(out, tl.zeros((BLOCK,), tl.int32) + expert, mask=mask)
+        tl.store(out + 1, start + before, mask=mask)
+        tl.store(out + 2, tl.minimum(rows - before, most), mask=mask)
+        tl.store(out + 3, in_group * 256 + size, mask=mask)
+    if expert == 0:
+        total = tl.minimum(tl.sum(every_tiles, 0), most_tiles)
         tl.store(tiles_ptr, total)
         tl.store(tiles_ptr + 1, 0)
+        if total == 0:
+            # An empty list has a tile without rows, which the kernels read but don't compute.
+            field = tl.arange(0, 4)
+            tl.store(tiles_ptr + 4 + field, tl.where(field == 3, 1, 0))
 
 
 def max_row_tiles(num_rows: int, num_slots: int, num_experts: int) -> int:
@@ -121,7 +125,9 @@ def launch_for(
         "TAIL": TAIL,
         "MERGED": MERGED if has_tails else 0,
         "GROUP": GROUP,
+        "BLOCK": 32,
         "num_warps": 4,
     }
-    grid = (max_row_tiles(num_rows, num_slots, num_experts),)
-    return Launch(row_tiles_kernel, grid, (tiles, expert_offsets, num_slots, num_experts), options)
+    most_tiles = max_row_tiles(num_rows, num_slots, num_experts)
+    args = (tiles, expert_offsets, num_slots, num_experts, most_tiles)
+    return Launch(row_tiles_kernel, (max(num_experts, 1),), args, options)

@@ -37,13 +37,14 @@ NARROW = tuple(
     FewRowsTile(rows, 64, STEP_BYTES.value, stages, 2) for rows, stages in ((8, 4), (16, 4), (32, 3))
 )
 MOST_ROWS = WIDE[-1].block_m
-#: By rows: with fewer wide programs, and more bytes of a row of weights, than these, narrow ones pay. Those of 8 only
-#: with one row an expert (with more they weren't tried), where wide programs are fewer than two for a multiprocessor
-#: of an H100: a layer took 48 instead of 57 us at one token with 1440 bytes, 25 instead of 20 with 1024 and 384. The
-#: others where they are fewer than four, as many as a multiprocessor runs at a time: Mixtral in int8, with 14336 bytes,
-#: took 370 instead of 421 us at 32 tokens, 16 rows, and 443 instead of 461 at 64, 32 rows; in int4, with 7168, 292
-#: instead of 288 at 32 (H200s, each pair from one run).
-_NARROW_PAYS = {8: (256, 1280), 16: (512, 8192), 32: (512, 8192)}
+#: With fewer wide programs, and more bytes of a row of weights, than these, narrow ones pay: with fewer programs than
+#: four for a multiprocessor of an H100, as many as it runs at a time. Mixtral in int8, with 14336 bytes, took 343
+#: instead of 380 us at 8 tokens, 360 instead of 387 at 16, 370 instead of 421 at 32, and 443 instead of 461 at 64, rows
+#: of tokens 8 to 32; in int4, with 7168, 292 instead of 288 at 32 (H200s, each pair from one run).
+_NARROW_PAYS = (512, 8192)
+#: The same of one row an expert, with fewer than two programs: a layer took 48 instead of 57 us at one token with 1440
+#: bytes, 25 instead of 20 with 1024 and 384.
+_NARROW_PAYS_FOR_ONE_ROW = (256, 1280)
 #: The most rows of an average expert for which a tile is taken: so many that few experts need a second one. 32 was also
 #: faster than the other kernels' tile of 64, at gpt-oss with 1024 tokens on an H200.
 _AVERAGE_ROWS = {8: 5, 16: 12, 32: 32}
@@ -72,9 +73,9 @@ def serve(weight_format: WeightFormat, x: Tensor, w: Tensor, w_scale: Tensor, li
     return w.size(1) * w.stride(1) < 2**31
 
 
-def _narrow_pays(rows: int, programs: int, stored_depth: int) -> bool:
-    few, deep = _NARROW_PAYS[rows]
-    return programs < few and stored_depth > deep
+def _narrow_pays(programs: int, stored_depth: int, one_row: bool) -> bool:
+    bounds = (_NARROW_PAYS, _NARROW_PAYS_FOR_ONE_ROW) if one_row else (_NARROW_PAYS,)
+    return any(programs < few and stored_depth > deep for few, deep in bounds)
 
 
 def candidates(num_columns: int, stored_depth: int, gated: bool) -> tuple[Tile, ...]:
@@ -88,7 +89,7 @@ def candidates(num_columns: int, stored_depth: int, gated: bool) -> tuple[Tile, 
         for tiles in (WIDE, NARROW)
     )
     programs = triton.cdiv(num_columns, wide[0].block_n)
-    return *wide, *(tile for tile in narrow if _narrow_pays(tile.block_m, programs, stored_depth))
+    return *wide, *(tile for tile in narrow if _narrow_pays(programs, stored_depth, tile.block_m == 8))
 
 
 def choose(
@@ -101,8 +102,7 @@ def choose(
         return None
     wide, *narrow = (tile for tile in candidates if isinstance(tile, FewRowsTile) and tile.block_m == rows)
     programs = experts * triton.cdiv(num_columns, wide.block_n)
-    pays = (num_slots <= experts or rows > 8) and _narrow_pays(rows, programs, stored_depth)
-    return narrow[0] if pays else wide
+    return narrow[0] if _narrow_pays(programs, stored_depth, num_slots <= experts) else wide
 
 
 def constants(weight_format: WeightFormat, has_zero: bool, tile: Tile, depth: int) -> dict[str, Any]:
