@@ -25,7 +25,7 @@ import compile_moe
 from compile_moe import FusedMoEModularKernel, MoEPrepareAndFinalizeNoEP, TritonExperts
 from compile_moe.ops import act_and_mul, batch_tokens, quantize_tokens, route_and_sort_tokens, route_tokens
 from compile_moe.ops.kernels import launch
-from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED_TILES
+from compile_moe.ops.kernels.tiles import SIXTEEN_BIT_TILES, WARP_SPECIALIZED_TILES
 from compile_moe.ops.named_activations import program_text
 from tests.support.batched import PoisonedParts, batched_kernel, kept, options_of
 from tests.support.one_token import run_one_token
@@ -98,12 +98,14 @@ def many_rows(device: str, share: Share) -> int:
     if torch.cuda.get_device_capability(device)[0] != 9:
         return 0
     count = 0
-    for tile in WARP_SPECIALIZED_TILES:
+    for tile in SIXTEEN_BIT_TILES:
         with warp_specialized_wherever_possible(tile):
             for case, dtype in share(itertools.product(LAYERS.values(), (torch.bfloat16, torch.float16))):
                 layer = make_layer(**case, dtype=dtype, device=device)
                 assert_as_accurate(compile_moe.fused_experts(*layer.args, **layer.options), layer)
                 count += 1
+    for tile in WARP_SPECIALIZED_TILES:
+        with warp_specialized_wherever_possible(tile):
             for scheme, name in share(itertools.product(("int8_w8a16", "int4_w4a16"), ("K", "I"))):
                 sizes = {"M": 300, "K": 160, "I": 96, "E": 4} | {name: 544}
                 q = make_quantized(Variant(scheme), **sizes, biased=True, skipped=True, dtype=torch.bfloat16)

@@ -24,6 +24,8 @@ from compile_moe.ops.kernels.tiles import (
     WARP_SPECIALIZED,
     WARP_SPECIALIZED_64,
     WARP_SPECIALIZED_128,
+    WIDE_64,
+    WIDE_128,
     DeviceLimits,
     Tile,
     is_vectorized,
@@ -131,10 +133,17 @@ WARP_SPECIALIZED_CASES = {
 @pytest.mark.parametrize(
     "case, tile",
     [(case, WARP_SPECIALIZED) for case in WARP_SPECIALIZED_CASES]
-    + [("plain", WARP_SPECIALIZED_64), ("ungated", WARP_SPECIALIZED_128)],
+    + [
+        ("plain", WIDE_128),
+        ("plain", WARP_SPECIALIZED_64),
+        ("ungated", WIDE_64),
+        ("ungated", WARP_SPECIALIZED_128),
+    ],
 )
 def test_warp_specialized(case: str, tile: Tile) -> None:
     k, i, activation, biased, transposed, dtype, spills = WARP_SPECIALIZED_CASES[case]
+    if tile is WIDE_128:
+        spills = 8
     program = parse(program_text(activation))
     n, e, topk, m = 2 * i if program.gated else i, 8, 2, 512
     # Descriptors look at the address.

@@ -15,11 +15,12 @@ from compile_moe.ops.kernels.gemm_problem import GemmProblem, has_boxes
 from compile_moe.ops.kernels.launch import loading_everything
 from compile_moe.ops.kernels.tile_space import tile_space, why_not
 from compile_moe.ops.kernels.tiles import (
+    SIXTEEN_BIT_TILES,
     WARP_SPECIALIZED,
     WARP_SPECIALIZED_64,
-    WARP_SPECIALIZED_128,
     WARP_SPECIALIZED_FROM,
-    WARP_SPECIALIZED_TILES,
+    WIDE_64,
+    WIDE_128,
     DeviceLimits,
     Tile,
 )
@@ -48,7 +49,7 @@ def always() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=WARP_SPECIALIZED_TILES, ids=lambda tile: str(tile.block_m))
+@pytest.fixture(params=SIXTEEN_BIT_TILES, ids=lambda tile: f"{tile.block_m}x{tile.block_n}")
 def always_each(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each of their tiles."""
     with warp_specialized_wherever_possible(request.param):
@@ -56,13 +57,13 @@ def always_each(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def test_who_can_run_it() -> None:
-    for tile in WARP_SPECIALIZED_TILES:
+    for tile in SIXTEEN_BIT_TILES:
         assert why_not(tile, PROBLEM, HOPPER) == ""
         assert "on sm_90" in why_not(tile, PROBLEM, AMPERE)
         assert "on sm_90" in why_not(tile, PROBLEM._replace(has_boxes=False), HOPPER)
         assert "must be" in why_not(tile._replace(block_k=32), PROBLEM, HOPPER)
     enough = WARP_SPECIALIZED_FROM * 8
-    assert tile_space(PROBLEM, enough, HOPPER)[:3] == WARP_SPECIALIZED_TILES
+    assert tile_space(PROBLEM, enough, HOPPER)[:5] == SIXTEEN_BIT_TILES
     for space in (tile_space(PROBLEM, enough - 1, HOPPER), tile_space(PROBLEM, enough, AMPERE)):
         assert not any(tile.warp_specialized for tile in space)
 
@@ -70,25 +71,29 @@ def test_who_can_run_it() -> None:
 def test_who_runs_it_untuned(monkeypatch: pytest.MonkeyPatch) -> None:
     """The more rows an average expert has, the more have room in the ring."""
     monkeypatch.setattr(tuned_tiles, "device_limits", lambda index: HOPPER)
-    problem = PROBLEM._replace(num_experts=34)
-    taken = []
-    for slots in (1, 56 * 34 - 1, 56 * 34, 84 * 34 - 1, 84 * 34, 148 * 34 - 1, 148 * 34, 2**24):
+    problem = PROBLEM._replace(num_experts=66)
+    taken, tiles = [], (None, WIDE_64, WIDE_128, WARP_SPECIALIZED)
+    for slots in (1, 56 * 66 - 1, 56 * 66, 84 * 66 - 1, 84 * 66, 148 * 66 - 1, 148 * 66, 2**24):
         choice = tuned_tiles.heuristic_choice(problem, slots, 0)
         taken.append(choice.tile if choice.tile.warp_specialized else None)
-        assert choice.candidates[-3:] == WARP_SPECIALIZED_TILES[::-1] and choice.tile in choice.candidates
+        assert choice.candidates[-3:] == tiles[1:] and choice.tile in choice.candidates
         other = tuned_tiles.heuristic_choice(problem._replace(has_boxes=False), slots, 0)
         assert other.candidates == choice.candidates[:-3]
-    tiles = (None, WARP_SPECIALIZED_64, WARP_SPECIALIZED_128, WARP_SPECIALIZED)
     assert taken == [tile for tile in tiles for _ in range(2)]
-    # 33 experts times 4 tiles of their 512 rows of weights are as many as multiprocessors.
-    for experts, expected in ((33, WARP_SPECIALIZED_64), (32, None)):
+    # 66 experts times 2 wide tiles of their 512 rows of weights are as many as multiprocessors, or 33 times 4.
+    for experts, expected in (
+        (66, WIDE_64),
+        (65, WARP_SPECIALIZED_64),
+        (33, WARP_SPECIALIZED_64),
+        (32, None),
+    ):
         tile = tuned_tiles.heuristic_choice(PROBLEM._replace(num_experts=experts), 60 * experts, 0).tile
         assert (tile if tile.warp_specialized else None) == expected
     few = PROBLEM._replace(num_experts=32)
     choice = tuned_tiles.heuristic_choice(few, 128 * 32, 0)
-    assert choice.tile == WARP_SPECIALIZED and not {WARP_SPECIALIZED_64, WARP_SPECIALIZED_128} & {
-        *choice.candidates
-    }
+    assert (
+        [tile for tile in choice.candidates if tile.warp_specialized] == [choice.tile] == [WARP_SPECIALIZED]
+    )
     monkeypatch.setattr(tuned_tiles, "device_limits", lambda index: AMPERE)
     choice = tuned_tiles.heuristic_choice(PROBLEM, 2**24, 0)
     assert not any(tile.warp_specialized for tile in choice.candidates)

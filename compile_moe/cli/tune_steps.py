@@ -8,11 +8,14 @@ from compile_moe.ops.tuning import Tile
 
 
 def starts(first: Tile, tiles: Sequence[Tile]) -> list[Tile]:
-    """``first``, and for each number of rows, swapped or not, warp-specialized or not, the tile most like it."""
+    """``first``, and for each number of rows, swapped or not, warp-specialized or not, and each
+    number of columns where they are, the tile most like it.
+    """
     steps = _Steps(tiles)
-    nearest: dict[tuple[int, bool, bool], Tile] = {}
+    nearest: dict[tuple[int, bool, int], Tile] = {}
     for tile in sorted(tiles, key=lambda tile: sum(steps.between(first, tile))):
-        nearest.setdefault((tile.block_m, tile.swapped, tile.warp_specialized), tile)
+        columns = tile.block_n if tile.warp_specialized else 0
+        nearest.setdefault((tile.block_m, tile.swapped, columns), tile)
     return list(dict.fromkeys([first, *nearest.values()]))
 
 

@@ -9,8 +9,8 @@ import triton
 
 from compile_moe.ops.kernels.gemm_problem import GemmProblem
 from compile_moe.ops.kernels.tiles import (
+    SIXTEEN_BIT_TILES,
     WARP_SPECIALIZED_FROM,
-    WARP_SPECIALIZED_TILES,
     DeviceLimits,
     Tile,
     shared_memory,
@@ -32,8 +32,8 @@ _BARRIERS = 1024
 def why_not(tile: Tile, problem: GemmProblem, limits: DeviceLimits) -> str:
     """Why a GEMM can't run with ``tile`` on a device with these limits, or would only spill; "" if it can."""
     if tile.warp_specialized:
-        if tile not in WARP_SPECIALIZED_TILES:
-            return f"a warp-specialized tile must be one of {WARP_SPECIALIZED_TILES}, got {tile}"
+        if tile not in SIXTEEN_BIT_TILES:
+            return f"a warp-specialized tile must be one of {SIXTEEN_BIT_TILES}, got {tile}"
         if not (limits.warp_specialized and problem.has_boxes):
             return f"{tile} needs 16-bit operands that the tensor memory accelerator can read, on sm_90"
         return ""
@@ -79,7 +79,7 @@ def tile_space(problem: GemmProblem, num_slots: int, limits: DeviceLimits) -> tu
     widest = max(16, triton.next_power_of_2(problem.num_columns))
     deepest = max(32, triton.next_power_of_2(problem.depth))
     tiles = (Tile(*values) for values in itertools.product(*map(_values, Tile._fields)))
-    special = WARP_SPECIALIZED_TILES if average >= WARP_SPECIALIZED_FROM else ()
+    special = SIXTEEN_BIT_TILES if average >= WARP_SPECIALIZED_FROM else ()
     return tuple(tile for tile in special if not why_not(tile, problem, limits)) + tuple(
         tile
         for tile in tiles

@@ -22,7 +22,7 @@ class Tile(NamedTuple):
     swapped: bool = (
         False  # the weights are the left operand, whose rows the tensor cores read from shared memory
     )
-    warp_specialized: bool = False  # one of WARP_SPECIALIZED_TILES
+    warp_specialized: bool = False  # one of WARP_SPECIALIZED_TILES, or of the wide ones
 
 
 class DeviceLimits(NamedTuple):
@@ -169,11 +169,17 @@ WARP_SPECIALIZED_128 = Tile(128, 128, 64, 5, 4, warp_specialized=True)
 WARP_SPECIALIZED_64 = Tile(64, 128, 64, 7, 4, warp_specialized=True)
 WARP_SPECIALIZED_TILES = WARP_SPECIALIZED, WARP_SPECIALIZED_128, WARP_SPECIALIZED_64
 WARP_SPECIALIZED_FROM = 48
+#: Those of 16-bit operands with twice as many rows of weights, for fewer tokens: a step brings half as many bytes of
+#: these for as many products, and the rate of the L2 cache is what bounds it (PERFORMANCE.md).
+WIDE_128 = Tile(128, 256, 64, 4, 4, warp_specialized=True)
+WIDE_64 = Tile(64, 256, 64, 4, 4, warp_specialized=True)
+SIXTEEN_BIT_TILES = WARP_SPECIALIZED, WIDE_128, WIDE_64, WARP_SPECIALIZED_128, WARP_SPECIALIZED_64
 
 #: Rows of an average expert from which they are taken unless something else was tuned: where the next smaller tile
 #: would be too small for a tenth of the experts, whose weights then are read twice (16-bit ones; between the numbers
 #: measured on an H200: 48 and 56, 80 and 96, 128 and 160).
 WARP_SPECIALIZED_PAYS_FROM = {WARP_SPECIALIZED_64: 56, WARP_SPECIALIZED_128: 84, WARP_SPECIALIZED: 148}
+WIDE_PAYS_FROM = {WIDE_64: 56, WIDE_128: 84, WARP_SPECIALIZED: 148}
 
 
 #: Row tiles, and the most rows of an average expert for which each is taken: with room to spare where a second tile
@@ -255,8 +261,10 @@ def warp_specialized_from(num_columns: int, num_experts: int, limits: DeviceLimi
     """Rows of an average expert from which warp-specialized tiles are taken for products with ``num_columns`` rows of
     weights; those with less room only where a tile of each expert gives every multiprocessor one: with 8 experts of
     1536 and 2048, 64 tokens took 40.7 us with them and 38.4 without (H200, layer, two runs). Without them the one with
-    more is taken from 128 rows on (measured on an H100).
+    more is taken from 128 rows on (measured on an H100). Wide ones by the same rule.
     """
+    if num_experts * triton.cdiv(num_columns, WIDE_128.block_n) >= limits.multiprocessors:
+        return WIDE_PAYS_FROM
     if num_experts * triton.cdiv(num_columns, WARP_SPECIALIZED.block_n) >= limits.multiprocessors:
         return WARP_SPECIALIZED_PAYS_FROM
     return {WARP_SPECIALIZED: 128}

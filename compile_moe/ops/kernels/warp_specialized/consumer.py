@@ -4,53 +4,14 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
-from compile_moe.ops.kernels.warp_specialized.compat import view, warps_barrier
+from compile_moe.ops.kernels.warp_specialized.compat import appended, warps_barrier
 from compile_moe.ops.kernels.warp_specialized.decoding_products import multiply_decoded
+from compile_moe.ops.kernels.warp_specialized.products import start_products, wait_for_products, zero_sums
 from compile_moe.ops.kernels.warp_specialized.ring import announced_tile, next_stage
-from compile_moe.ops.kernels.warp_specialized.store import halves, result_columns, row_slots, store_chunk
+from compile_moe.ops.kernels.warp_specialized.store import result_columns, row_slots, store_tile
 from compile_moe.ops.kernels.warp_specialized.weight_rows import weight_rows
-
-
-@gluon.jit
-def start_products(
-    w_smem,
-    x_smem,
-    tail_smem,
-    stage,
-    acc,
-    tail,
-    IS_FIRST: gl.constexpr,
-    WHICH: gl.constexpr,
-    TAIL: gl.constexpr,
-    STAGES: gl.constexpr,
-    GATHER: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
-):
-    """Of a step, added to acc and tail or, of the first step, in their place; those of the step before are done."""
-    MAIN: gl.constexpr = acc.shape[1]
-    BOXES: gl.constexpr = x_smem.shape[0] // STAGES * 32 // MAIN  # of a stage
-    if GATHER:
-        # cp.async wrote x through the generic proxy.
-        fence_async_shared()
-    w = w_smem.index(2 * stage + WHICH)
-    if TRANSPOSED:
-        w = w.permute((1, 0))
-    x = view(x_smem, [STAGES * BOXES, MAIN, 64], x_smem.layout).index(stage * BOXES)
-    acc = warpgroup_mma(w, x.permute((1, 0)), acc, use_acc=not IS_FIRST, is_async=True)
-    if TAIL:
-        rest = tail_smem.index(stage)
-        tail = warpgroup_mma(w, rest.permute((1, 0)), tail, use_acc=not IS_FIRST, is_async=True)
-        acc, tail = warpgroup_mma_wait(2, deps=(acc, tail))
-    else:
-        acc = warpgroup_mma_wait(1, deps=(acc,))
-    return acc, tail
 
 
 @gluon.jit
@@ -91,25 +52,25 @@ def consume_tile(
     HAS_ZERO: gl.constexpr,
     PACKED_ZEROS: gl.constexpr,
 ):
-    """One consumer's 64 weight rows times MAIN + TAIL tokens of a tile, whose first stage is full."""
-    main_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MAIN, 16])
-    tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
-    acc = gl.zeros([64, MAIN], gl.float32, main_layout)
-    tail = gl.zeros([64, 32], gl.float32, tail_layout)
+    """One consumer's 64 or 128 weight rows times MAIN + TAIL tokens of a tile, whose first stage is full."""
+    PARTS: gl.constexpr = w_smem.shape[0] // (2 * STAGES)
+    WIDTH8: gl.constexpr = result_columns(EPILOGUE) // 8
+    sums = zero_sums(MAIN, PARTS)
     if PACKED > 0:
+        acc, tail = sums[0]
         acc, tail, w, stage, phase = multiply_decoded(
             w_smem, x_smem, tail_smem, full, empty, stage, phase, num_k, acc, tail, stored, expert, column8, columns8,
             WHICH, STAGES, EPILOGUE, INTERLEAVED, GATHER, TAIL, PACKED, GROUP, HAS_ZERO, PACKED_ZEROS,
         )  # fmt: skip
     else:
-        acc, tail = start_products(
-            w_smem, x_smem, tail_smem, stage, acc, tail, True, WHICH, TAIL, STAGES, GATHER, TRANSPOSED
+        sums = start_products(
+            w_smem, x_smem, tail_smem, stage, sums, True, WHICH, TAIL, STAGES, GATHER, TRANSPOSED
         )
         stage, phase = next_stage(stage, phase, STAGES)
         for _ in range(1, num_k):
             mbarrier.wait(full.index(stage), phase)
-            acc, tail = start_products(
-                w_smem, x_smem, tail_smem, stage, acc, tail, False, WHICH, TAIL, STAGES, GATHER, TRANSPOSED
+            sums = start_products(
+                w_smem, x_smem, tail_smem, stage, sums, False, WHICH, TAIL, STAGES, GATHER, TRANSPOSED
             )
             # The previous stage's products are done in each warp.
             warps_barrier()
@@ -118,49 +79,31 @@ def consume_tile(
             stage, phase = next_stage(stage, phase, STAGES)
     # Loads that the last products hide.
     bias = load_bias(bias_ptr, stride_bn, column8, columns8, EPILOGUE, HAS_BIAS, INTERLEAVED)
+    if PARTS == 2:
+        bias1 = load_bias(bias_ptr, stride_bn, column8 + WIDTH8, columns8, EPILOGUE, HAS_BIAS, INTERLEAVED)
     scale = None
     if HAS_ROW_SCALE:
+        gl.static_assert(PARTS == 1)
         scale = load_row_scale(row_scales, expert, column8, columns8, EPILOGUE, INTERLEAVED)
-    s0 = row_slots(slots_ptr, first, rows, num_slots, 64, EPILOGUE)
-    if MAIN >= 128:
-        s1 = row_slots(slots_ptr, first + 64, rows - 64, num_slots, 64, EPILOGUE)
-    if MAIN == 256:
-        s2 = row_slots(slots_ptr, first + 128, rows - 128, num_slots, 64, EPILOGUE)
-        s3 = row_slots(slots_ptr, first + 192, rows - 192, num_slots, 64, EPILOGUE)
+    slots = ()
+    for i in gl.static_range(MAIN // 64):
+        here = row_slots(slots_ptr, first + 64 * i, rows - 64 * i, num_slots, 64, EPILOGUE)
+        slots = appended(slots, here)
     if TAIL:
-        st = row_slots(slots_ptr, first + MAIN, rows - MAIN, num_slots, 32, EPILOGUE)
+        slots = appended(slots, row_slots(slots_ptr, first + MAIN, rows - MAIN, num_slots, 32, EPILOGUE))
     if PACKED > 0:
         # Registers of products under way, which must not change before.
         acc, tail, _ = warpgroup_mma_wait(0, deps=(acc, tail, w))
-    elif TAIL:
-        acc, tail = warpgroup_mma_wait(0, deps=(acc, tail))
+        sums = ((acc, tail),)
     else:
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+        sums = wait_for_products(sums, 0, TAIL)
     warps_barrier()
     mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1)
-
-    if MAIN == 256:
-        left, right = halves(acc, 64, 128)
-        a0, a1 = halves(left, 64, 64)
-        a2, a3 = halves(right, 64, 64)
-    elif MAIN == 128:
-        a0, a1 = halves(acc, 64, 64)
-    else:
-        a0 = acc
-    a0 = times_rows(a0, scale)
-    store_chunk(a0, bias, result_smem, out_ptr, s0, rows, column8, columns8, EPILOGUE, HAS_BIAS, 64)
-    if MAIN >= 128:
-        a1 = times_rows(a1, scale)
-        store_chunk(a1, bias, result_smem, out_ptr, s1, rows - 64, column8, columns8, EPILOGUE, HAS_BIAS, 64)
-    if MAIN == 256:
-        a2 = times_rows(a2, scale)
-        a3 = times_rows(a3, scale)
-        store_chunk(a2, bias, result_smem, out_ptr, s2, rows - 128, column8, columns8, EPILOGUE, HAS_BIAS, 64)
-        store_chunk(a3, bias, result_smem, out_ptr, s3, rows - 192, column8, columns8, EPILOGUE, HAS_BIAS, 64)
-    if TAIL:
-        tail = times_rows(tail, scale)
-        store_chunk(
-            tail, bias, result_smem, out_ptr, st, rows - MAIN, column8, columns8, EPILOGUE, HAS_BIAS, 32
+    store_tile(sums[0], bias, scale, result_smem, out_ptr, slots, rows, column8, columns8, EPILOGUE, HAS_BIAS)
+    if PARTS == 2:
+        column8 += WIDTH8
+        store_tile(
+            sums[1], bias1, None, result_smem, out_ptr, slots, rows, column8, columns8, EPILOGUE, HAS_BIAS
         )
     return stage, phase
 
@@ -209,14 +152,6 @@ def load_row_scale(row_scales, expert, column8, columns8, EPILOGUE: gl.constexpr
 
 
 @gluon.jit
-def times_rows(acc, scale):
-    """Sums times the scales of their weight rows, if these have some."""
-    if scale is not None:
-        acc = acc * gl.expand_dims(gl.convert_layout(scale, gl.SliceLayout(1, acc.type.layout)), 1)
-    return acc
-
-
-@gluon.jit
 def consumer(
     w_smem,
     x_smem,
@@ -248,7 +183,7 @@ def consumer(
     HAS_ZERO: gl.constexpr = False,
     PACKED_ZEROS: gl.constexpr = 1,
 ):
-    """Every tile of this program: columns 64 (of gate and up together, where gated) for each consumer.
+    """Every tile of this program: 64 or 128 rows of weights (of gate and up together, where gated) for each consumer.
 
     Args:
         PACKED: weights that an element of the ring holds, which are decoded; 0 for those multiplied as they are.
@@ -258,6 +193,7 @@ def consumer(
     phase = 0
     result_smem = result_smem.index(WHICH)
     WIDTH8: gl.constexpr = result_columns(EPILOGUE) // 8
+    PARTS: gl.constexpr = w_smem.shape[0] // (2 * STAGES)
     # 64, 128 or 256 tokens, without and with a tail, of which a smaller ring has the first ones.
     BOXES: gl.constexpr = x_smem.shape[0] // STAGES
     KINDS: gl.constexpr = 6 if BOXES == 8 else 4 if BOXES == 4 else 2
@@ -265,7 +201,7 @@ def consumer(
     while rows >= 0:
         mbarrier.wait(full.index(stage), phase)
         expert, first, rows, tile_n = announced_tile(tile_smem, stage)
-        column8 = (2 * tile_n + WHICH) * WIDTH8
+        column8 = (2 * tile_n + WHICH) * PARTS * WIDTH8
         biases = bias_ptr + expert.to(gl.int64) * stride_be
         for i in gl.static_range(KINDS):
             if is_kind(rows, i):

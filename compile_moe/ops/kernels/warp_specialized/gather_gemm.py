@@ -61,12 +61,13 @@ def gather_gemm_kernel(
     TRANSPOSED: gl.constexpr,
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
+    PARTS: gl.constexpr,
     EVEN_K: gl.constexpr,
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty = allocate(
-        x_ptr.dtype.element_ty, out_ptr.dtype.element_ty, STAGES, 129, ROWS=ROWS
+        x_ptr.dtype.element_ty, out_ptr.dtype.element_ty, STAGES, 129, ROWS=ROWS, PARTS=PARTS
     )
     gl.warp_specialize(
         [
@@ -117,7 +118,7 @@ def with_epilogue(
     replaced: dict[str, Any] = dict(others)
     if body:
         replaced["epilogue"] = build_epilogue(body)
-    stores = tuple((store, name) for name in ("finish", "store_chunk"))
+    stores = tuple((store, name) for name in ("finish", "store_chunk", "store_tile"))
     for module, name in (*stores, *functions):
         replaced[name] = jit(with_globals(getattr(module, name).fn, replaced))
     return jit(with_globals(kernel, replaced), do_not_specialize=list(DO_NOT_SPECIALIZE))
@@ -153,7 +154,7 @@ def launches_for(
         sorted_slots,
         tiles,
         num_slots,
-        triton.cdiv(num_columns, 64 if gated else 128),
+        triton.cdiv(num_columns, tile.block_n // 2 if gated else tile.block_n),
         triton.cdiv(depth, 64),
         num_columns // 8,
         depth // 8,
@@ -168,6 +169,7 @@ def launches_for(
         "HAS_BIAS": bias is not None,
         "ROWS": tile.block_m,
         "STAGES": tile.num_stages,
+        "PARTS": tile.block_n // 128,
         "EVEN_K": depth % 64 == 0,
         "REGISTERS": REGISTERS,
         "PRODUCER_REGISTERS": PRODUCER_REGISTERS,

@@ -144,7 +144,9 @@ def producer_gather(
     num_tiles = num_row_tiles * num_n
     STEP: gl.constexpr = x_smem.shape[2]
     TWO: gl.constexpr = has_two_scales(EPILOGUE, INTERLEAVED)
-    W_BYTES: gl.constexpr = 128 * w_smem.shape[2] * w_smem.dtype.primitive_bitwidth // 8
+    W_BYTES: gl.constexpr = (
+        w_smem.shape[0] // STAGES * 64 * w_smem.shape[2] * w_smem.dtype.primitive_bitwidth // 8
+    )
     # 16 bytes a thread.
     layout: gl.constexpr = gl.BlockedLayout([1, STEP // 8], [4, 8], [4, 1], [1, 0])
     stage = 0

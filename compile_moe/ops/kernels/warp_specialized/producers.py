@@ -10,18 +10,22 @@ from compile_moe.ops.kernels.warp_specialized.compat import copy_box, view
 
 @gluon.jit
 def load_weights(w_desc, w_smem, bar, stage, expert, tile_n, k, EPILOGUE: gl.constexpr, STAGES: gl.constexpr):
-    """128 weight rows: 64 for each consumer."""
+    """Weight rows of a stage, side by side: 64 or 128 for each consumer."""
+    BOXES: gl.constexpr = w_smem.shape[0] // STAGES  # of 64 rows
     if w_desc.block_shape[1] == 64:
         # Transposed.
-        boxes = view(w_smem, [2 * STAGES] + w_desc.block_shape, w_desc.layout)  # noqa: RUF005
-        copy_box(w_desc, [expert, k, tile_n * 128], bar, boxes.index(2 * stage))
-        copy_box(w_desc, [expert, k, tile_n * 128 + 64], bar, boxes.index(2 * stage + 1))
+        boxes = view(w_smem, [BOXES * STAGES] + w_desc.block_shape, w_desc.layout)  # noqa: RUF005
+        for i in gl.static_range(BOXES):
+            copy_box(w_desc, [expert, k, (tile_n * BOXES + i) * 64], bar, boxes.index(BOXES * stage + i))
     else:
-        w = view(w_smem, [STAGES] + w_desc.block_shape, w_desc.layout).index(stage)  # noqa: RUF005
-        if EPILOGUE == "gated":
-            copy_box(w_desc, [expert, tile_n * 8, 0, 0, k], bar, w)
-        else:
-            copy_box(w_desc, [expert, tile_n * 128, k], bar, w)
+        PAIRS: gl.constexpr = BOXES // 2
+        pairs = view(w_smem, [PAIRS * STAGES] + w_desc.block_shape, w_desc.layout)  # noqa: RUF005
+        for i in gl.static_range(PAIRS):
+            pair = tile_n * PAIRS + i
+            if EPILOGUE == "gated":
+                copy_box(w_desc, [expert, pair * 8, 0, 0, k], bar, pairs.index(PAIRS * stage + i))
+            else:
+                copy_box(w_desc, [expert, pair * 128, k], bar, pairs.index(PAIRS * stage + i))
 
 
 @gluon.jit

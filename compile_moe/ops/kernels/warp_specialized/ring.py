@@ -20,6 +20,7 @@ def allocate(
     ROWS: gl.constexpr = 256,
     STORED_BYTES: gl.constexpr = 0,
     TAILS: gl.constexpr = True,
+    PARTS: gl.constexpr = 1,
 ):
     """Weights, tokens in boxes of 32, tails, which tile begins there and barriers, of each stage; and space to
     transpose results in.
@@ -28,14 +29,15 @@ def allocate(
         ROWS: of tokens in a stage, without the tail: 64, 128 or 256.
         STORED_BYTES: of each weight row in a stage, where weights are decoded; otherwise they are in dtype.
         TAILS: whether tiles have some; otherwise their buffer is that of the tokens, and isn't used.
+        PARTS: of 64 rows of weights, for each consumer in a stage.
     """
     layout: gl.constexpr = gl.NVMMASharedLayout(128, dtype.primitive_bitwidth, 2)
     STEP: gl.constexpr = STEP_BYTES * 8 // dtype.primitive_bitwidth
     if STORED_BYTES > 0:
         w_layout: gl.constexpr = gl.NVMMASharedLayout(STORED_BYTES, 8, 2)
-        w_smem = gl.allocate_shared_memory(gl.uint8, [2 * STAGES, 64, STORED_BYTES], w_layout)
+        w_smem = gl.allocate_shared_memory(gl.uint8, [2 * PARTS * STAGES, 64, STORED_BYTES], w_layout)
     else:
-        w_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, STEP], layout)
+        w_smem = gl.allocate_shared_memory(dtype, [2 * PARTS * STAGES, 64, STEP], layout)
     x_smem = gl.allocate_shared_memory(dtype, [ROWS // 32 * STAGES, 32, STEP], layout)
     if TAILS:
         tail_smem = gl.allocate_shared_memory(dtype, [STAGES, 32, STEP], layout)

@@ -100,7 +100,9 @@ def fill(
     w_desc, x_desc, x256_desc = descriptors
     expert, first, rows, tile_n = tile
     STEP: gl.constexpr = x_smem.shape[2]
-    W_BYTES: gl.constexpr = 128 * w_smem.shape[2] * w_smem.dtype.primitive_bitwidth // 8
+    W_BYTES: gl.constexpr = (
+        w_smem.shape[0] // STAGES * 64 * w_smem.shape[2] * w_smem.dtype.primitive_bitwidth // 8
+    )
     # As the first step does once more.
     mbarrier.wait(empty.index(stage), phase ^ 1)
     announce_tile(tile_smem, stage, tile)

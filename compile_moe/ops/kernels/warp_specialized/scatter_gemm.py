@@ -42,11 +42,12 @@ def scatter_gemm_kernel(
     TRANSPOSED: gl.constexpr,
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
+    PARTS: gl.constexpr,
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     w_smem, x_smem, tail_smem, result_smem, tile_smem, full, empty = allocate(
-        x_desc.dtype, out_ptr.dtype.element_ty, STAGES, 1, ROWS=ROWS
+        x_desc.dtype, out_ptr.dtype.element_ty, STAGES, 1, ROWS=ROWS, PARTS=PARTS
     )
     gl.warp_specialize(
         [
@@ -101,7 +102,7 @@ def launches_for(
         sorted_slots,
         tiles,
         num_slots,
-        triton.cdiv(num_columns, 128),
+        triton.cdiv(num_columns, tile.block_n),
         triton.cdiv(w2.size(2), 64),
         num_columns // 8,
         *((0, 0) if bias is None else bias.stride()),
@@ -111,6 +112,7 @@ def launches_for(
         "HAS_BIAS": bias is not None,
         "ROWS": tile.block_m,
         "STAGES": tile.num_stages,
+        "PARTS": tile.block_n // 128,
         "REGISTERS": REGISTERS,
         "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
         "num_warps": 4,

@@ -141,3 +141,67 @@ def store_chunk(
         WIDTH: gl.constexpr = result_columns(EPILOGUE)
         y = finish(acc, bias, EPILOGUE, T, HAS_BIAS, out_ptr.dtype.element_ty)
         store_rows(y, result_smem, out_ptr, slot, column8, columns8, T, WIDTH, EPILOGUE == "pairs")
+
+
+@gluon.jit
+def times_rows(acc, scale):
+    """Sums times the scales of their weight rows, if these have some."""
+    if scale is not None:
+        acc = acc * gl.expand_dims(gl.convert_layout(scale, gl.SliceLayout(1, acc.type.layout)), 1)
+    return acc
+
+
+@gluon.jit
+def store_tile(
+    sums,
+    bias,
+    scale,  # of each row of weights, or None
+    result_smem,
+    out_ptr,
+    slots,  # of each chunk
+    rows,
+    column8,
+    columns8,
+    EPILOGUE: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    """Results of 64 rows of weights, in chunks of 64 tokens and, if there is one slots more than these, of a tail."""
+    acc, tail = sums
+    MAIN: gl.constexpr = acc.shape[1]
+    if MAIN == 256:
+        left, right = halves(acc, 64, 128)
+        chunks = halves(left, 64, 64) + halves(right, 64, 64)
+    elif MAIN == 128:
+        chunks = halves(acc, 64, 64)
+    else:
+        chunks = (acc,)
+    for i in gl.static_range(MAIN // 64):
+        chunk = times_rows(chunks[i], scale)
+        store_chunk(
+            chunk,
+            bias,
+            result_smem,
+            out_ptr,
+            slots[i],
+            rows - 64 * i,
+            column8,
+            columns8,
+            EPILOGUE,
+            HAS_BIAS,
+            64,
+        )
+    if len(slots) > MAIN // 64:
+        tail = times_rows(tail, scale)
+        store_chunk(
+            tail,
+            bias,
+            result_smem,
+            out_ptr,
+            slots[MAIN // 64],
+            rows - MAIN,
+            column8,
+            columns8,
+            EPILOGUE,
+            HAS_BIAS,
+            32,
+        )
