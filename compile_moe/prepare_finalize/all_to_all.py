@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from compile_moe.ops.weight_and_reduce import weight_and_reduce
 from compile_moe.prepare_finalize.collectives import all_to_all, as_sizes, wait
@@ -121,10 +120,21 @@ class AllToAllPrepareAndFinalize(ExpertParallelPrepareAndFinalize):
 def _take(t: Tensor, rows: Tensor) -> Tensor:
     """Rows of a tensor (M, n); one-byte types as bytes, which every device can index."""
     bits = t.view(torch.uint8) if t.itemsize == 1 else t
-    if guard_or_false(t.size(0) == 0):
+    if _is_known_empty(t):
         # Inductor refuses to take rows of a tensor without any, however many.
         bits = _with_row(bits)
     return bits[rows].view(t.dtype)
+
+
+def _is_known_empty(t: Tensor) -> bool:
+    """Whether t has no rows, False where only the run can tell."""
+    empty = t.size(0) == 0
+    if isinstance(empty, bool) and not torch.compiler.is_dynamo_compiling():
+        return empty
+    # Here, because it costs half a second; with symbols, it is there.
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return bool(guard_or_false(empty))
 
 
 def _with_row(t: Tensor) -> Tensor:
