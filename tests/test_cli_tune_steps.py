@@ -57,7 +57,9 @@ def test_steps() -> None:
     begun = starts(tiles[-1], tiles)
     assert begun[0] == tiles[-1] and len(set(begun)) == len(begun) and set(begun) <= set(tiles)
     assert {tile.block_m for tile in begun} == {tile.block_m for tile in tiles}
-    assert any(tile.warp_specialized for tile in begun)
+    special = {(tile.block_m, tile.block_n) for tile in tiles if tile.warp_specialized}
+    assert special == {(tile.block_m, tile.block_n) for tile in begun if tile.warp_specialized}
+    assert {(128, 128), (128, 256)} < special
     for tile in begun:
         for near in neighbours(tile, tiles):
             assert near in tiles and tile in neighbours(near, tiles)

@@ -89,6 +89,9 @@ def test_who_runs_it_untuned(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         tile = tuned_tiles.heuristic_choice(PROBLEM._replace(num_experts=experts), 60 * experts, 0).tile
         assert (tile if tile.warp_specialized else None) == expected
+    # 384 rows of weights are three narrow tiles, and a half more of wide ones.
+    odd = PROBLEM._replace(num_experts=132, intermediate_size=192)
+    assert tuned_tiles.heuristic_choice(odd, 60 * 132, 0).tile == WARP_SPECIALIZED_64
     few = PROBLEM._replace(num_experts=32)
     choice = tuned_tiles.heuristic_choice(few, 128 * 32, 0)
     assert (

@@ -93,6 +93,9 @@ def test_every_row_tile(block_m: int, monkeypatch: pytest.MonkeyPatch) -> None:
         {"M": 1, "topk": 1},
         {"M": 9, "topk": 3, "E": 40, "mapped": True, "skipped": True},
         {"M": 170, "topk": 3, "E": 7},
+        # As many experts as buckets.
+        {"M": 150, "topk": 2, "E": 32, "skipped": True},
+        {"M": 140, "topk": 3, "E": 64, "mapped": True, "skipped": True},
         {"M": 129, "topk": 2, "E": 70, "mapped": True, "skipped": True},
         {"M": 340, "topk": 3, "E": 70, "mapped": True, "skipped": True},
         {"M": 300, "routing": "one"},

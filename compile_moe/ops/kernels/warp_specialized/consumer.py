@@ -57,6 +57,7 @@ def consume_tile(
     WIDTH8: gl.constexpr = result_columns(EPILOGUE) // 8
     sums = zero_sums(MAIN, PARTS)
     if PACKED > 0:
+        gl.static_assert(PARTS == 1)
         acc, tail = sums[0]
         acc, tail, w, stage, phase = multiply_decoded(
             w_smem, x_smem, tail_smem, full, empty, stage, phase, num_k, acc, tail, stored, expert, column8, columns8,

@@ -61,27 +61,29 @@ def row_tiles_kernel(
     start, rows = rows_of(expert_offsets_ptr, expert, num_slots, num_experts)
     every_tiles, _ = tiles_of(every, ROWS, TAIL, MERGED)
     is_before = (every > rows) | ((every == rows) & (e < expert))
-    first_tile = tl.sum(tl.where(is_before, every_tiles, 0), 0)
+    # Experts' rows may overlap where the offsets make no sense: the tiles may then be more than the list holds.
+    first_tile = tl.minimum(tl.sum(tl.where(is_before, every_tiles, 0).to(tl.int64), 0), most_tiles).to(
+        tl.int32
+    )
     tiles, tails = tiles_of(rows, ROWS, TAIL, MERGED)
     # Groups of nearly equal sizes, larger ones first.
     groups = tl.maximum((tiles + GROUP - 1) // GROUP, 1)
     small = tl.maximum(tiles // groups, 1)
     larger = tiles % groups * (small + 1)
-    for first in range(0, tiles, BLOCK):
+    for first in range(0, tl.minimum(tiles, most_tiles - first_tile), BLOCK):
         index = first + tl.arange(0, BLOCK)
         before = index * ROWS + tl.minimum(index * TAIL, tails)
         most = ROWS + tl.minimum(tl.maximum(tails - index * TAIL, 0), TAIL)
         in_group = tl.where(index < larger, index % (small + 1), (index - larger) % small)
         size = tl.where(index < larger, small + 1, small)
         out = tiles_ptr + 4 + 4 * (first_tile + index)
-        # Experts' rows may overlap where the offsets make no sense: the tiles may then be more than the list holds.
         mask = (index < tiles) & (first_tile + index < most_tiles)
         tl.store(out, tl.zeros((BLOCK,), tl.int32) + expert, mask=mask)
         tl.store(out + 1, start + before, mask=mask)
         tl.store(out + 2, tl.minimum(rows - before, most), mask=mask)
         tl.store(out + 3, in_group * 256 + size, mask=mask)
     if expert == 0:
-        total = tl.minimum(tl.sum(every_tiles, 0), most_tiles)
+        total = tl.minimum(tl.sum(every_tiles.to(tl.int64), 0), most_tiles).to(tl.int32)
         tl.store(tiles_ptr, total)
         tl.store(tiles_ptr + 1, 0)
         if total == 0:

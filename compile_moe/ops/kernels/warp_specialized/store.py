@@ -77,7 +77,7 @@ def finish(acc, bias, EPILOGUE: gl.constexpr, T: gl.constexpr, HAS_BIAS: gl.cons
 
 @gluon.constexpr_function
 def result_columns(EPILOGUE: gl.constexpr):
-    """Of a consumer's 64 weight rows."""
+    """Of 64 weight rows."""
     return 32 if EPILOGUE == "gated" or EPILOGUE == "pairs" else 64
 
 
