@@ -132,62 +132,27 @@ def _layer(
     )
     require(w1.dim() == 3, lambda: f"w1 must be (E, N, K), got {shape(w1)}")
     resolved = resolve_activation(activation, w1.size(1), hidden_states)
-    if (
-        quant_config is not None
-        and isinstance(activation, str)
-        and not inplace
-        and torch.compiler.is_compiling()
-    ):
-        compiled: Tensor = quantized_fused_moe(
-            hidden_states,
-            w1,
-            w2,
-            topk_weights,
-            topk_ids,
-            quant_config.facts.text,
-            quant_config.w1_scale,
-            quant_config.w2_scale,
-            quant_config.w1_zp,
-            quant_config.w2_zp,
-            quant_config.a1_scale,
-            quant_config.a2_scale,
-            activation,
-            global_num_experts,
-            expert_map,
-            apply_router_weight_on_input,
-            w1_bias,
-            w2_bias,
-        )
+    layer = hidden_states, w1, w2, topk_weights, topk_ids
+    options = global_num_experts, expert_map, apply_router_weight_on_input, w1_bias, w2_bias
+    is_named = isinstance(activation, str)
+    if quant_config is not None and is_named and not inplace and torch.compiler.is_compiling():
+        c = quant_config
+        scales = c.w1_scale, c.w2_scale, c.w1_zp, c.w2_zp, c.a1_scale, c.a2_scale
+        compiled: Tensor = quantized_fused_moe(*layer, c.facts.text, *scales, activation, *options)
         return compiled
     if resolved.function is not None or quant_config is not None:
         kernel = FusedMoEModularKernel(
             MoEPrepareAndFinalizeNoEP(quant_config), TritonExperts(w1_bias, w2_bias, quant_config)
         )
         return kernel(
-            hidden_states,
-            w1,
-            w2,
-            topk_weights,
-            topk_ids,
+            *layer,
             inplace=inplace,
             activation=activation,
             global_num_experts=global_num_experts,
             expert_map=expert_map,
             apply_router_weight_on_input=apply_router_weight_on_input,
         )
-    arguments = (
-        hidden_states,
-        w1,
-        w2,
-        topk_weights,
-        topk_ids,
-        activation if isinstance(activation, str) else resolved.epilogue,
-        global_num_experts,
-        expert_map,
-        apply_router_weight_on_input,
-        w1_bias,
-        w2_bias,
-    )
+    arguments = *layer, activation if is_named else resolved.epilogue, *options
     if inplace:
         fused_moe_(*arguments)
         return hidden_states

@@ -8,8 +8,8 @@ from compile_moe.ops.tuning import Tile
 
 
 def starts(first: Tile, tiles: Sequence[Tile]) -> list[Tile]:
-    """``first``, and for each number of rows, swapped or not, warp-specialized or not, and each
-    number of columns where they are, the tile most like it.
+    """``first``, and the tile most like it of each number of rows, swapped or not, and, of warp-specialized ones, of
+    each number of rows and columns.
     """
     steps = _Steps(tiles)
     nearest: dict[tuple[int, bool, int], Tile] = {}

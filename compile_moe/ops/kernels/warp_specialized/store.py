@@ -178,30 +178,11 @@ def store_tile(
     for i in gl.static_range(MAIN // 64):
         chunk = times_rows(chunks[i], scale)
         store_chunk(
-            chunk,
-            bias,
-            result_smem,
-            out_ptr,
-            slots[i],
-            rows - 64 * i,
-            column8,
-            columns8,
-            EPILOGUE,
-            HAS_BIAS,
-            64,
-        )
+            chunk, bias, result_smem, out_ptr, slots[i], rows - 64 * i, column8, columns8, EPILOGUE, HAS_BIAS, 64
+        )  # fmt: skip
     if len(slots) > MAIN // 64:
         tail = times_rows(tail, scale)
         store_chunk(
-            tail,
-            bias,
-            result_smem,
-            out_ptr,
-            slots[MAIN // 64],
-            rows - MAIN,
-            column8,
-            columns8,
-            EPILOGUE,
-            HAS_BIAS,
-            32,
-        )
+            tail, bias, result_smem, out_ptr, slots[MAIN // 64], rows - MAIN, column8, columns8,
+            EPILOGUE, HAS_BIAS, 32,
+        )  # fmt: skip
