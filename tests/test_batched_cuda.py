@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from compile_moe import BatchedTritonExperts, FusedMoEModularKernel
 from compile_moe.ops import batch_tokens, gather_gemm, reduce_batch, scatter_gemm, sort_batch, sort_tokens
-from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED_PAYS_FROM
+from compile_moe.ops.kernels.heuristic_tiles import WARP_SPECIALIZED_PAYS_FROM
 from compile_moe.ops.named_activations import program_text
 from compile_moe.ops.sort_batch import sort_batch_torch
 from tests.support.batched import PoisonedParts, batched_kernel, holds_token, kept, poison, poisoning

@@ -19,6 +19,7 @@ from compile_moe.ops.kernels import (
     sort_tokens,
     weight_and_reduce,
 )
+from compile_moe.ops.kernels.heuristic_tiles import tile_candidates
 from compile_moe.ops.kernels.launch import Launch
 from compile_moe.ops.kernels.tiles import (
     WARP_SPECIALIZED,
@@ -29,7 +30,6 @@ from compile_moe.ops.kernels.tiles import (
     DeviceLimits,
     Tile,
     is_vectorized,
-    tile_candidates,
 )
 from compile_moe.ops.kernels.warp_specialized import (
     eight_bit_gather_gemm,
@@ -42,7 +42,7 @@ from compile_moe.ops.kernels.warp_specialized import scatter_gemm as warp_scatte
 from compile_moe.ops.named_activations import NAMES, program_text
 from tests.support.aot import CAPABILITIES, SHARED_MEMORY_BUDGET, CompiledKernel, compile_ahead
 
-# (E, topk, K, I), biased and swigluoai where the model is.
+# (E, topk, K, I), biased, swigluoai and with weights stored transposed where the model is.
 SHAPES = {
     "qwen3-30b": (128, 8, 2048, 768),
     "gpt-oss-120b": (128, 4, 2880, 2880),
@@ -101,10 +101,12 @@ def test_gemms(shape: str, precision: str, capability: int) -> None:
     spills = 128 if shape in ("odd", "multiples of 8") else 16 if precision == "ieee" else 0
     limits = DeviceLimits(SHARED_MEMORY_BUDGET[capability], capability in (90, 100))
     x, w1, w2 = empty(64, k, dtype=dtype), empty(e, 2 * i, k, dtype=dtype), empty(e, k, i, dtype=dtype)
+    if biased:
+        w1, w2 = (empty(e, w.size(2), w.size(1), dtype=dtype).mT for w in (w1, w2))
     slots, offsets = empty(s), empty(e + 1)
     b1 = empty(e, 2 * i, dtype=dtype) if biased else None
     b2 = empty(e, k, dtype=dtype) if biased else None
-    for tile in tile_candidates(dtype.itemsize, i, k, 2, is_vectorized(x, w1), limits):
+    for tile in tile_candidates(dtype.itemsize, i, k, 2, is_vectorized(x, w1), biased, limits):
         out = empty(s, i, dtype=dtype)
         body = program.triton_source()
         launch = gather_gemm.launch_for(
@@ -113,7 +115,7 @@ def test_gemms(shape: str, precision: str, capability: int) -> None:
         compiled = compile_launch(launch, capability, spills)
         if capability == 90 and dtype is torch.bfloat16 and shape in ("qwen3-30b", "gpt-oss-120b"):
             assert compiled.has_wgmma == (tile.block_m >= 64 or tile.swapped), tile
-    for tile in tile_candidates(dtype.itemsize, k, i, 1, is_vectorized(out, w2), limits):
+    for tile in tile_candidates(dtype.itemsize, k, i, 1, is_vectorized(out, w2), biased, limits):
         launch = scatter_gemm.launch_for(
             tile, empty(s, k, dtype=dtype), out, w2, slots, offsets, b2, False, kind
         )

@@ -21,9 +21,10 @@ from compile_moe.ops import gather_gemm, scatter_gemm, sort_tokens
 from compile_moe.ops.kernels import tile_file
 from compile_moe.ops.kernels.gather_gemm import gather_gemm_kernel
 from compile_moe.ops.kernels.gemm_problem import GemmProblem, Shape
+from compile_moe.ops.kernels.heuristic_tiles import tile_candidates
 from compile_moe.ops.kernels.scatter_gemm import scatter_gemm_kernel
 from compile_moe.ops.kernels.tile_space import tile_space, why_not
-from compile_moe.ops.kernels.tiles import DeviceLimits, Tile, device_limits, tile_candidates
+from compile_moe.ops.kernels.tiles import DeviceLimits, Tile, device_limits
 from compile_moe.ops.kernels.tuned_tiles import TunedTilesWarning, heuristic_choice, tile_choice
 from compile_moe.ops.named_activations import program_text
 from compile_moe.ops.tuning import store
@@ -319,8 +320,9 @@ def test_the_space_holds_every_tile_of_the_heuristic(
         for sizes in ((128, 2048, 768), (128, 2880, 2880), (8, 4096, 14336), (7, 77, 51), (2, 1, 1)):
             problem = GemmProblem("gather_gemm", *sizes, dtype, precision, layout, False, vectorized, False)
             arguments = problem.itemsize, problem.num_columns, problem.depth, problem.num_accumulators
-            for tile in tile_candidates(*arguments, vectorized, limits):
-                assert why_not(tile, problem, limits) == ""
+            for transposed in (False, True):
+                for tile in tile_candidates(*arguments, vectorized, transposed, limits):
+                    assert why_not(tile, problem, limits) == ""
             for slots in (1, 128, 8192, 2**20):
                 tiles = tile_space(problem, slots, limits)
                 assert 20 <= len(tiles) <= 1000 or sizes[1] < 100, len(tiles)

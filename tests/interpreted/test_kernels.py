@@ -10,8 +10,8 @@ from torch import Tensor
 
 from compile_moe.ops import act_and_mul, gather_gemm, scatter_gemm, sort_tokens, weight_and_reduce
 from compile_moe.ops.fused_moe import weight_input
+from compile_moe.ops.kernels import heuristic_tiles
 from compile_moe.ops.kernels import sort_tokens as sort_kernels
-from compile_moe.ops.kernels import tiles
 from compile_moe.ops.named_activations import NAMES, program_text
 from compile_moe.ops.sort_tokens import sort_tokens_torch
 from tests.support.launchers import launch
@@ -76,13 +76,13 @@ def test_act_and_mul(name: str) -> None:
 
 @pytest.mark.parametrize("block_m", [16, 32, 64, 128])
 def test_every_row_tile(block_m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "_ROW_TILES", {block_m: 2**31})
-    tiles.tile_candidates.cache_clear()
+    monkeypatch.setattr(heuristic_tiles, "_ROW_TILES", {block_m: 2**31})
+    heuristic_tiles.tile_candidates.cache_clear()
     layer = make_layer(M=50, K=70, I=33, E=3, dtype=torch.bfloat16)
     try:
         assert_as_accurate(run_layer(layer), layer)
     finally:
-        tiles.tile_candidates.cache_clear()
+        heuristic_tiles.tile_candidates.cache_clear()
 
 
 @pytest.mark.parametrize("path", ["few-slots", "many-slots"])

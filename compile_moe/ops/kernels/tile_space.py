@@ -8,12 +8,12 @@ from typing import Any
 import triton
 
 from compile_moe.ops.kernels.gemm_problem import GemmProblem
+from compile_moe.ops.kernels.heuristic_tiles import shared_memory
 from compile_moe.ops.kernels.tiles import (
     SIXTEEN_BIT_TILES,
     WARP_SPECIALIZED_FROM,
     DeviceLimits,
     Tile,
-    shared_memory,
 )
 
 #: Values of each field of a tile; a field that is not named here keeps its default.

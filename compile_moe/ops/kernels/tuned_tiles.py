@@ -10,17 +10,16 @@ from typing import NamedTuple
 import torch
 
 from compile_moe.ops.kernels.gemm_problem import GemmProblem, Shape
-from compile_moe.ops.kernels.launch import Launch, Plan
-from compile_moe.ops.kernels.tile_file import TunedTiles, file_name, parse, tiles_folder
-from compile_moe.ops.kernels.tile_space import why_not
-from compile_moe.ops.kernels.tiles import (
-    WARP_SPECIALIZED_FROM,
-    Tile,
+from compile_moe.ops.kernels.heuristic_tiles import (
     choose_tile,
-    device_limits,
+    of_programs,
     tile_candidates,
     warp_specialized_from,
 )
+from compile_moe.ops.kernels.launch import Launch, Plan
+from compile_moe.ops.kernels.tile_file import TunedTiles, file_name, parse, tiles_folder
+from compile_moe.ops.kernels.tile_space import why_not
+from compile_moe.ops.kernels.tiles import WARP_SPECIALIZED_FROM, Tile, device_limits
 
 #: Tuned tiles serve numbers of slots that differ from the tuned one by at most this factor.
 _REACH = 2
@@ -73,6 +72,7 @@ def heuristic_choice(problem: GemmProblem, num_slots: int, device_index: int | N
         problem.depth,
         problem.num_accumulators,
         problem.vectorized,
+        problem.transposed,
         limits,
     )
     special_from = warp_specialized_from(
@@ -80,6 +80,13 @@ def heuristic_choice(problem: GemmProblem, num_slots: int, device_index: int | N
     )
     candidates += tuple(tile for tile in special_from if not why_not(tile, problem, limits))
     tile = choose_tile(candidates, num_slots, problem.num_experts, special_from)
+    if not tile.warp_specialized:
+        as_tall = tuple(
+            each for each in candidates if each.block_m == tile.block_m and not each.warp_specialized
+        )
+        num_row_tiles = min(num_slots, problem.num_experts)  # most experts have one
+        sizes = problem.num_columns, problem.itemsize, problem.num_accumulators
+        tile = of_programs(as_tall, num_row_tiles, *sizes, limits)
     return TileChoice(tile, candidates)
 
 

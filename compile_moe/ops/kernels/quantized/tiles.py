@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from compile_moe.ops.kernels.gemm_problem import has_boxes
+from compile_moe.ops.kernels.heuristic_tiles import choose_tile
 from compile_moe.ops.kernels.quantized.few_rows import launches as few_rows
 from compile_moe.ops.kernels.quantized.operands import steps_of
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
@@ -19,7 +20,6 @@ from compile_moe.ops.kernels.tiles import (
     WARP_SPECIALIZED_128,
     DeviceLimits,
     Tile,
-    choose_tile,
     device_limits,
 )
 from compile_moe.ops.kernels.tuned_tiles import TileChoice
