@@ -194,7 +194,7 @@ def routing(device: str, share: Share) -> int:
 
 
 def one_token(device: str, share: Share) -> int:
-    """The op that compiled graphs of one token call, with rows and with columns in one piece."""
+    """The op that compiled graphs of one token call."""
     count = 0
     for dtype, (name, case) in share(itertools.product((torch.bfloat16, torch.float32), CASES.items())):
         for size in SIZES if name in MANY_SIZES else ({},):

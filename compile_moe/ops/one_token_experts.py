@@ -35,12 +35,10 @@ from compile_moe.ops.weight_and_reduce import weight_and_reduce
 #: Bytes of the weights of a token's experts up to which the kernels were seen to be faster than the stages, by 4 % at
 #: 302 MB (H200); at 705 MB they were so in one shape of two, and with one expert a token in none.
 _MOST_BYTES = 384 * 2**20
-#: And from which they were where columns lie in one piece, by a tenth at 199 MB; at 101 MB they were 4 % slower.
-_FEWEST_BYTES_OF_COLUMNS = 160 * 2**20
 
 
 def serves(hidden_states: Tensor, w1: Tensor, w2: Tensor, topk: int) -> bool:
-    """Whether the op is the faster way for these arguments: one token, 16-bit weights whose rows or columns lie in one
+    """Whether the op is the faster way for these arguments: one token, 16-bit weights whose rows lie in one
     piece, few of them. Reads shapes, strides, dtypes and devices only, and adds no guards.
     """
     num_tokens = hidden_states.size(0)
@@ -48,13 +46,12 @@ def serves(hidden_states: Tensor, w1: Tensor, w2: Tensor, topk: int) -> bool:
     if not all(isinstance(size, int) for size in sizes) or num_tokens != 1 or not hidden_states.is_cuda:
         return False
     num_bytes = topk * (w1.size(1) * w1.size(2) + w2.size(1) * w2.size(2)) * w1.element_size()
-    has_columns = any(map(kernels.is_transposed, (w1, w2)))
     return (
         w1.element_size() == 2
         and num_bytes > 0
-        and all(1 in w.stride()[1:] and is_vectorized(hidden_states, w) for w in (w1, w2))
+        and all(w.stride(2) == 1 and is_vectorized(hidden_states, w) for w in (w1, w2))
         and 2 <= topk <= kernels.MOST_EXPERTS
-        and (_FEWEST_BYTES_OF_COLUMNS if has_columns else 0) <= num_bytes <= _MOST_BYTES
+        and num_bytes <= _MOST_BYTES
     )
 
 

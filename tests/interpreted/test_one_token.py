@@ -85,17 +85,3 @@ def test_no_columns_between_the_gemms(case: str) -> None:
     layer = make_layer(**CASES[case] | {"M": 1}, dtype=torch.bfloat16)
     layer = replace(layer, w1=layer.w1[:, :0], w2=layer.w2[:, :, :0])
     assert torch.equal(run_layer(layer), torch.zeros_like(layer.hidden_states))
-
-
-def test_both_gemms_by_one_kernel() -> None:
-    """Of weights whose columns lie in one piece, without an activation."""
-    layer = make_layer(**CASES["transposed"] | {"M": 1, "topk": 3, "activation": "silu_no_mul"})
-    x, w1, w2, weights, ids, *_ = arguments_of(layer)
-    out = launch(one_token_experts, x, w1, w2, weights, ids)
-    assert_as_accurate(out, replace(layer, activation=None, function=lambda gate_up: gate_up))
-
-
-def test_parts_without_steps() -> None:
-    """A depth of fewer steps than the parts that it is divided into, of weights whose columns lie in one piece."""
-    layer = make_layer(**CASES["transposed"] | {"M": 1, "I": 150}, dtype=torch.bfloat16)
-    assert_as_accurate(run_layer(layer), layer)

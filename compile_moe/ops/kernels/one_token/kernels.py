@@ -1,8 +1,7 @@
 """The kernels. The first GEMM gives a slot to a program, which finds its expert by one load of the router's ids.
 
-The second does the same in parts, which a third kernel sums, where a row of weights doesn't lie in one piece: then a
-program needs many columns. Where it does, a program has two columns of all of the token's experts, weights and sums
-them itself, and loads its first weights while the first GEMM ends: the ids that name them are as old as that one's.
+A program of the second has two columns of all of the token's experts, weights and sums them itself, and loads its first
+weights while the first GEMM ends: the ids that name them are as old as that one's.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ def router_weight(ptrs, mask, dtype: tl.constexpr, ROUND: tl.constexpr):
 
 
 def rows_kernel(
-    out_ptr,  # (topk * SPLITS, num_columns), contiguous
-    x_ptr,  # (1 or topk, depth)
+    out_ptr,  # (topk, num_columns), contiguous
+    x_ptr,  # (1, depth)
     w_ptr,  # (E, rows, depth)
     bias_ptr,  # (E, rows)
     topk_ids_ptr,  # (1, topk)
@@ -44,7 +43,6 @@ def rows_kernel(
     num_experts,
     num_columns,  # of the result: half of the rows of weights where there is a gate
     depth,
-    stride_xs,  # of a slot; not of the first GEMM, where all have the same token
     stride_xk,
     stride_ij,
     stride_we,
@@ -55,9 +53,6 @@ def rows_kernel(
     LAYOUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MAP: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    IN_PARTS: tl.constexpr,  # the result is one of the second GEMM, which has other strides and another dtype
-    SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UNROLLED: tl.constexpr,
@@ -65,10 +60,9 @@ def rows_kernel(
     EVEN_K: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """A slot's row times the weights of its expert, or one of SPLITS parts of the depth of that product."""
+    """The token times the weights of a slot's expert."""
     await_earlier_kernels(EARLY)
-    slot = tl.program_id(1) // SPLITS
-    split = tl.program_id(1) % SPLITS
+    slot = tl.program_id(1)
     expert = expert_of(topk_ids_ptr, expert_map_ptr, slot, topk, stride_ij, num_global, num_experts, HAS_MAP)
     if expert == num_experts:
         return
@@ -84,30 +78,14 @@ def rows_kernel(
         mask = w_row < (2 * num_columns if LAYOUT == "interleaved" else num_columns)
     k = tl.arange(0, BLOCK_K)
     w_ptr += expert.to(tl.int64) * stride_we
-    w_offsets = w_row[:, None] * stride_wn + k[None, :] * stride_wk
-    if IN_PARTS:
-        x_ptr += slot.to(tl.int64) * stride_xs
-    if TRANSPOSED:
-        x_ptrs = x_ptr + k * stride_xk
-    else:
-        # As if each row had an x of its own: what a thread multiplies it loads itself, so that no thread waits.
-        x_ptrs = x_ptr + lane[:, None] * 0 + k[None, :] * stride_xk
-    w_ptrs = w_ptr + w_offsets
+    # As if each row had an x of its own: what a thread multiplies it loads itself, so that no thread waits.
+    x_ptrs = x_ptr + lane[:, None] * 0 + k[None, :] * stride_xk
+    w_ptrs = w_ptr + w_row[:, None] * stride_wn + k[None, :] * stride_wk
     acc = tl.zeros((WIDTH, BLOCK_K), tl.float32)
-    start_k = 0
-    end_k = depth
-    if SPLITS > 1:
-        steps = tl.cdiv(tl.cdiv(depth, BLOCK_K), SPLITS)
-        start_k = split * steps * BLOCK_K
-        # Not before the start: loops are unrolled as if they had no negative number of steps.
-        end_k = tl.maximum(tl.minimum(start_k + steps * BLOCK_K, depth), start_k)
-    for first_k in tl.range(start_k, end_k, BLOCK_K, loop_unroll_factor=UNROLLED):
+    for first_k in tl.range(0, depth, BLOCK_K, loop_unroll_factor=UNROLLED):
         # Sums with the first pointers: of pointers that a loop carries, Triton 3.6 doesn't see that rows are in one
-        # piece. Of columns, the sums are of 64 bits in each thread and take 70 registers more, unless they come last.
-        if TRANSPOSED:
-            step_w = w_ptr + tl.cast(first_k, tl.int64) * stride_wk + w_offsets
-        else:
-            step_w = w_ptrs + tl.cast(first_k, tl.int64) * stride_wk
+        # piece.
+        step_w = w_ptrs + tl.cast(first_k, tl.int64) * stride_wk
         step_x = x_ptrs + tl.cast(first_k, tl.int64) * stride_xk
         k_mask = first_k + k < depth
         if EVEN_K:
@@ -115,13 +93,12 @@ def rows_kernel(
             x = tl.load(step_x)
         else:
             w = tl.load(step_w, mask=mask[:, None] & k_mask[None, :], other=0.0)
-            x = tl.load(step_x, mask=k_mask if TRANSPOSED else k_mask[None, :], other=0.0)
-        x = x.to(tl.float32)
-        acc += w.to(tl.float32) * (x[None, :] if TRANSPOSED else x)
+            x = tl.load(step_x, mask=k_mask[None, :], other=0.0)
+        acc += w.to(tl.float32) * x.to(tl.float32)
     y = tl.sum(acc, 1)
     if HAS_BIAS:
         bias_ptr += expert.to(tl.int64) * stride_be
-        y += tl.load(bias_ptr + w_row * stride_bn, mask=mask & (split == 0), other=0.0).to(tl.float32)
+        y += tl.load(bias_ptr + w_row * stride_bn, mask=mask, other=0.0).to(tl.float32)
     if LAYOUT == "concatenated":
         gate, up = tl.split(tl.permute(tl.reshape(y, (2, BLOCK_N)), (1, 0)))
         y = epilogue(gate, up)
@@ -131,46 +108,8 @@ def rows_kernel(
     else:
         y = epilogue(y, y)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    out_ptrs = out_ptr + tl.program_id(1).to(tl.int64) * num_columns + column
+    out_ptrs = out_ptr + slot.to(tl.int64) * num_columns + column
     tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=column < num_columns)
-
-
-@triton.jit
-def sum_kernel(
-    out_ptr,  # (1, num_columns), contiguous
-    x_ptr,  # (topk * SPLITS, num_columns), contiguous
-    topk_weights_ptr,  # (1, topk)
-    topk_ids_ptr,  # (1, topk)
-    expert_map_ptr,  # (num_global,)
-    topk,
-    num_global,
-    num_experts,
-    num_columns,
-    stride_tj,
-    stride_ij,
-    APPLY_WEIGHTS: tl.constexpr,
-    ROUND_WEIGHTS: tl.constexpr,
-    HAS_MAP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """The weighted sum of what :func:`rows_kernel` made of each slot and part of the depth."""
-    await_earlier_kernels(EARLY)
-    part = tl.arange(0, PARTS)
-    slot = part // SPLITS
-    expert = expert_of(topk_ids_ptr, expert_map_ptr, slot, topk, stride_ij, num_global, num_experts, HAS_MAP)
-    valid = expert < num_experts
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = column < num_columns
-    x_ptrs = x_ptr + part.to(tl.int64)[:, None] * num_columns + column[None, :]
-    y = tl.load(x_ptrs, mask=valid[:, None] & mask[None, :], other=0.0)
-    if APPLY_WEIGHTS:
-        y *= router_weight(
-            topk_weights_ptr + slot * stride_tj, valid, out_ptr.dtype.element_ty, ROUND_WEIGHTS
-        )[:, None]
-    tl.store(out_ptr + column, tl.sum(y, 0).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

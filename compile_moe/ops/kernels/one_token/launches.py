@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from torch import Tensor
 
 from compile_moe.ops.kernels.early_launch import early_launch
 from compile_moe.ops.kernels.epilogue import with_epilogue
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
-from compile_moe.ops.kernels.one_token.kernels import down_kernel, rows_kernel, sum_kernel
+from compile_moe.ops.kernels.one_token.kernels import down_kernel, rows_kernel
 from compile_moe.ops.kernels.tiles import device_limits, is_vectorized
 
 #: Experts a token for which the accumulators of ``down_kernel`` stay in registers.
 MOST_EXPERTS = 16
 _ELEMENTS = 8192  # of a step: eight loads of 16 bytes a thread
 _FEWER_ELEMENTS = 1024  # where they are loaded one by one
+_ROWS = 32  # of weights, of a program of ``rows_kernel``
 _WARPS = 4
-_MOST_SPLITS = 8
 #: Of a thread of ``rows_kernel``, by the steps whose loads are issued together: for four programs and three.
 _REGISTERS = {1: 128, 2: 168}
 
@@ -37,19 +36,17 @@ class Problem(NamedTuple):
 
     num_rows: int
     topk: int
-    transposed: bool
     vectorized: bool
     multiprocessors: int
 
 
 def row_blocks(problem: Problem) -> Blocks:
-    """Of ``rows_kernel``: a thread has 16 bytes of each fourth row, or of each sixteenth column."""
-    rows = 64 if problem.transposed else 32
-    programs = triton.cdiv(problem.num_rows, rows) * problem.topk
+    """Of ``rows_kernel``: a thread has 16 bytes of each fourth row."""
+    programs = triton.cdiv(problem.num_rows, _ROWS) * problem.topk
     # Three programs fit a multiprocessor, or four that issue the loads of one step at a time: where these are all.
     fourth = 3 * problem.multiprocessors < programs <= 4 * problem.multiprocessors
     elements = _ELEMENTS if problem.vectorized else _FEWER_ELEMENTS
-    return Blocks(rows, elements // rows, 1 if fourth else 2)
+    return Blocks(_ROWS, elements // _ROWS, 1 if fourth else 2)
 
 
 def down_blocks(problem: Problem) -> Blocks:
@@ -59,26 +56,14 @@ def down_blocks(problem: Problem) -> Blocks:
     return Blocks(rows, max(elements // rows, min(most, _ELEMENTS // rows), 16), 4)
 
 
-def num_splits(problem: Problem) -> int:
-    """Parts of the depth, so that there are three programs a multiprocessor."""
-    programs = triton.cdiv(problem.num_rows, row_blocks(problem).rows) * problem.topk
-    return max(1, min(_MOST_SPLITS, 3 * problem.multiprocessors // programs))
-
-
-def is_transposed(w: Tensor) -> bool:
-    """Whether the columns of weights lie in one piece, and not the rows."""
-    return w.stride(1) == 1 and w.stride(2) != 1
-
-
 def _problem(x: Tensor, w: Tensor, topk: int) -> Problem:
     multiprocessors = device_limits(x.device.index).multiprocessors
-    return Problem(w.size(1), topk, is_transposed(w), is_vectorized(x, w), multiprocessors)
+    return Problem(w.size(1), topk, w.stride(2) == 1 and is_vectorized(x, w), multiprocessors)
 
 
 def launches_for(
     out: Tensor,
     intermediate: Tensor,
-    parts: Tensor | None,
     hidden_states: Tensor,
     w1: Tensor,
     w2: Tensor,
@@ -91,80 +76,50 @@ def launches_for(
     layout: str,
     apply_weights: bool,
     round_weights: bool,
-) -> tuple[Launch, ...]:
-    """The launches in order.
-
-    Args:
-        out: (1, K). intermediate: (topk, I). parts: (topk * splits, K) float32, or None where w2's rows lie in one
-            piece.
-    """
-    topk, num_columns = topk_ids.size(1), w2.size(1)
+) -> tuple[Launch, Launch]:
+    """The launches in order, into intermediate (topk, I) and out (1, K)."""
+    topk = topk_ids.size(1)
     ids = topk_ids, topk_ids if expert_map is None else expert_map
     sizes = topk, w2.size(0) if expert_map is None else expert_map.size(0), w2.size(0)
     has_map = expert_map is not None
     compiler = {"num_warps": _WARPS, **early_launch(out.device)}
 
-    def rows_launch(
-        result: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, body: str, layout: str, splits: int
-    ) -> Launch:
-        blocks = row_blocks(_problem(x, w, topk))
-        block_n = blocks.rows if layout == "ungated" else blocks.rows // 2
-        num_columns, depth = result.size(1), w.size(2)
-        args = (
-            result,
-            x,
-            w,
-            w if bias is None else bias,
-            *ids,
-            *sizes,
-            num_columns,
-            depth,
-            x.size(1),
-            x.stride(1),
-            topk_ids.stride(1),
-            *w.stride(),
-            *((0, 0) if bias is None else bias.stride()),
-        )
-        options = {
-            "LAYOUT": layout,
-            "HAS_BIAS": bias is not None,
-            "HAS_MAP": has_map,
-            "TRANSPOSED": is_transposed(w),
-            "IN_PARTS": result is parts,
-            "SPLITS": splits,
-            "BLOCK_N": block_n,
-            "BLOCK_K": blocks.block_k,
-            "UNROLLED": blocks.unrolled,
-            "EVEN_N": num_columns % block_n == 0,
-            "EVEN_K": depth % blocks.block_k == 0,
-            # Which the assembler takes or exceeds by some, as it happens.
-            "maxnreg": _REGISTERS[blocks.unrolled],
-            **compiler,
-        }
-        # At least one: the kernel behind it counts on its having waited.
-        grid = (max(1, triton.cdiv(num_columns, block_n)), topk * splits)
-        return Launch(with_epilogue(rows_kernel, body), grid, args, options)
+    blocks = row_blocks(_problem(hidden_states, w1, topk))
+    block_n = blocks.rows if layout == "ungated" else blocks.rows // 2
+    num_columns, depth = w2.size(2), w1.size(2)
+    args: tuple[Any, ...] = (
+        intermediate,
+        hidden_states,
+        w1,
+        w1 if w1_bias is None else w1_bias,
+        *ids,
+        *sizes,
+        num_columns,
+        depth,
+        hidden_states.stride(1),
+        topk_ids.stride(1),
+        *w1.stride(),
+        *((0, 0) if w1_bias is None else w1_bias.stride()),
+    )
+    options = {
+        "LAYOUT": layout,
+        "HAS_BIAS": w1_bias is not None,
+        "HAS_MAP": has_map,
+        "BLOCK_N": block_n,
+        "BLOCK_K": blocks.block_k,
+        "UNROLLED": blocks.unrolled,
+        "EVEN_N": num_columns % block_n == 0,
+        "EVEN_K": depth % blocks.block_k == 0,
+        # Which the assembler takes or exceeds by some, as it happens.
+        "maxnreg": _REGISTERS[blocks.unrolled],
+        **compiler,
+    }
+    # At least one program: the kernel behind it counts on its having waited.
+    grid = (max(1, triton.cdiv(num_columns, block_n)), topk)
+    first = Launch(with_epilogue(rows_kernel, epilogue_body), grid, args, options)
 
-    first = rows_launch(intermediate, hidden_states, w1, w1_bias, epilogue_body, layout, 1)
-    if parts is not None:
-        splits, block_n = parts.size(0) // topk, 64
-        summed = Launch(
-            sum_kernel,
-            (triton.cdiv(num_columns, block_n),),
-            (out, parts, topk_weights, *ids, *sizes, num_columns, topk_weights.stride(1), topk_ids.stride(1)),
-            {
-                "APPLY_WEIGHTS": apply_weights,
-                "ROUND_WEIGHTS": round_weights,
-                "HAS_MAP": has_map,
-                "SPLITS": splits,
-                "PARTS": triton.next_power_of_2(topk * splits),
-                "BLOCK_N": block_n,
-                **compiler,
-            },
-        )
-        return first, rows_launch(parts, intermediate, w2, w2_bias, "", "ungated", splits), summed
     blocks, slots = down_blocks(_problem(intermediate, w2, topk)), triton.next_power_of_2(topk)
-    block_n, depth = blocks.rows // slots, w2.size(2)
+    block_n, num_columns, depth = blocks.rows // slots, w2.size(1), w2.size(2)
     args = (
         out,
         intermediate,
@@ -195,19 +150,10 @@ def launches_for(
     return first, Launch(down_kernel, (triton.cdiv(num_columns, block_n),), args, options)
 
 
-def scratch(out: Tensor, w2: Tensor, topk: int) -> tuple[Tensor, Tensor | None]:
-    """Memory for the rows between the GEMMs, and for the parts of the second."""
-    intermediate = out.new_empty((topk, w2.size(2)))
-    if not is_transposed(w2):
-        return intermediate, None
-    splits = num_splits(_problem(intermediate, w2, topk))
-    return intermediate, out.new_empty((topk * splits, w2.size(1)), dtype=torch.float32)
-
-
 def one_token_experts(out: Tensor, *arguments: Any) -> None:
-    """Launch into out (1, K), contiguous; arguments: those of :func:`launches_for` behind the scratch memory."""
+    """Launch into out (1, K), contiguous; arguments: those of :func:`launches_for` behind ``intermediate``."""
     _, _, w2, _, topk_ids, *_ = arguments
-    launch(_plan, out, *scratch(out, w2, topk_ids.size(1)), *arguments)
+    launch(_plan, out, out.new_empty((topk_ids.size(1), w2.size(2))), *arguments)
 
 
 def _plan(*arguments: Any) -> Plan:
