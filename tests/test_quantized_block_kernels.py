@@ -46,7 +46,7 @@ def test_few_operations_an_element(case: str) -> None:
     a scale; and nothing is clamped by operations that NaN passes, which are four each.
     """
     code = generated_kernels(
-        lambda x: quantize_tokens(x, SCALINGS[case]), lambda: (cuda_empty(M, 2048),)
+        lambda x: quantize_tokens(-x, SCALINGS[case]), lambda: (cuda_empty(M, 2048),)
     ).code
     assert code.count("and.b32 $0, $1, 0x7fffffff;") == 1 and "tl_math.abs(" not in code
     assert "rcp.rn.f32 $0, $1;" in code and "triton_helpers.minimum(" not in code
@@ -145,12 +145,14 @@ fp8 per group:
         self.assertExpectedInline(
             by_kernels(found),
             """\
-fp8 per token silu, int8 per token silu, fp8 static silu, fp8 static silu one token, int8 per token callable,
-    fp8 per token gelu, fp8 per token swigluoai:
-    rms_norm, mm, route_and_sort_tokens, quantized_gather_gemm, triton, quantized_scatter_gemm,
+fp8 per token silu, int8 per token silu, int8 per token callable, fp8 per token gelu, fp8 per token swigluoai:
+    rms_norm, mm, route_and_sort_tokens, quantized_gather_gemm, quantize_tokens, quantized_scatter_gemm,
     weight_and_reduce + rms_norm
 fp8 per token silu one token, int8 per token silu one token, fp8 per tensor silu one token:
     rms_norm, mm, route_tokens, quantized_one_token_experts, rms_norm
+fp8 static silu, fp8 static silu one token:
+    rms_norm, mm, route_and_sort_tokens, quantized_gather_gemm, triton, quantized_scatter_gemm,
+    weight_and_reduce + rms_norm
 fp8 static of each expert silu, fp8 static of each expert silu one token:
     triton, rms_norm, mm, route_and_sort_tokens, quantized_gather_gemm, triton, quantized_scatter_gemm,
     weight_and_reduce + rms_norm
@@ -158,8 +160,8 @@ fp8 per tensor silu, fp8 per tensor callable:
     rms_norm, mm, route_and_sort_tokens, quantize_tokens, quantized_gather_gemm, triton, quantize_tokens,
     quantized_scatter_gemm, weight_and_reduce + rms_norm
 fp8 per group silu, fp8 per group callable:
-    rms_norm, mm, route_and_sort_tokens, triton, quantized_gather_gemm, triton, quantized_scatter_gemm,
-    weight_and_reduce + rms_norm
+    rms_norm, mm, route_and_sort_tokens, triton, quantized_gather_gemm, quantize_tokens,
+    quantized_scatter_gemm, weight_and_reduce + rms_norm
 fp8 per group silu one token:
     rms_norm, mm, route_tokens, triton, quantized_one_token_experts, rms_norm""",
         )

@@ -2,6 +2,8 @@
 
 A row's maximum shares the reduction of an RMSNorm, so that both are one kernel. One scale for all tokens is the largest
 of these maxima: the op gets them, and reads the tokens once more.
+
+Where there is nothing to fuse with, on a GPU, the op's own kernel.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 
 from compile_moe.lowering.inductor_compat import call, flattened, lower, ops, pointwise, row_maxima
 from compile_moe.lowering.ptx import instruction, quotient, writes_ptx
+from compile_moe.lowering.stands_alone import stands_alone
 from compile_moe.ops.float8_support import no_float8
 from compile_moe.ops.quantize_tokens import quantize_tokens
 from compile_moe.quantization import TokenScaling, parse_scaling
@@ -41,7 +44,10 @@ def _lowering(
     m, k = tokens.get_size()
     width = _width(parsed, k)
     is_given = maxima is not None or expert_offsets is not None
-    if is_given or width is None or 0 in (m, k) or no_float8(parsed.dtype, tokens.get_device()):
+    device = tokens.get_device()
+    # A computed scale for each token or group, by one kernel, which starts while the one ahead of it ends.
+    is_own = device.type == "cuda" and scale is None and parsed.per != "tensor" and stands_alone()
+    if is_given or is_own or width is None or 0 in (m, k) or no_float8(parsed.dtype, device):
         return call(quantize_tokens, tokens, scaling, scale, maxima, expert_offsets)
     load = tokens.make_loader()
 

@@ -10,8 +10,8 @@ from compile_moe.lowering.inductor_compat import is_lowered, node_being_lowered
 
 
 def stands_alone() -> bool:
-    """Whether the node that is being lowered has nothing to fuse with: stored inputs, and as readers the graph's caller
-    or one collective. Views of them count as they do.
+    """Whether the node that is being lowered has nothing to fuse with: stored inputs, and as readers the graph's
+    caller, ops of ours that are calls, or one collective. Views of them, and single results, count as they do.
     """
     node = node_being_lowered()
     return node is not None and all(map(_is_stored, node.all_input_nodes)) and _is_read_from_memory(node)
@@ -21,8 +21,7 @@ def _is_stored(node: torch.fx.Node) -> bool:
     if node.target is operator.getitem or _is_view(node):
         return _is_stored(node.all_input_nodes[0])
     waited = _namespace(node) == "_c10d_functional" and "wait_tensor" in str(node.target)
-    opaque = _namespace(node) == "compile_moe" and not is_lowered(node.target)
-    return node.op in ("placeholder", "get_attr") or waited or opaque
+    return node.op in ("placeholder", "get_attr") or waited or _is_call(node)
 
 
 def _is_read_from_memory(node: torch.fx.Node) -> bool:
@@ -30,10 +29,15 @@ def _is_read_from_memory(node: torch.fx.Node) -> bool:
     collective = len(node.users) == 1
     return all(
         user.op == "output"
-        or (_is_view(user) and _is_read_from_memory(user))
+        or _is_call(user)
+        or ((_is_view(user) or user.target is operator.getitem) and _is_read_from_memory(user))
         or (collective and _namespace(user) == "_c10d_functional")
         for user in node.users
     )
+
+
+def _is_call(node: torch.fx.Node) -> bool:
+    return _namespace(node) == "compile_moe" and not is_lowered(node.target)
 
 
 def _is_view(node: torch.fx.Node) -> bool:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compile_moe.ops.kernels.early_launch import await_earlier_kernels, early_launch, start_next_kernel
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 from compile_moe.ops.kernels.token_rounding import bits_of_magnitude, quantized, row_strides, scale_of
 
@@ -17,6 +18,8 @@ MOST_HELD = 8192
 MOST_PROGRAMS = 1024
 #: Elements that a program takes at least, if shares are small.
 FEW = 2048
+#: Two loads of 16 bytes a thread, more where a program has as many warps as it may.
+_ELEMENTS_OF_WARP = 512
 
 
 @triton.jit
@@ -86,7 +89,9 @@ def quantize_tokens_kernel(
     BLOCK: tl.constexpr,
     HELD: tl.constexpr,  # whether BLOCK holds a share
     HAS_OFFSETS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_earlier_kernels(EARLY, STARTS_NEXT=False)
     if HAS_OFFSETS:
         num_rows = tl.minimum(tl.load(expert_offsets_ptr + num_experts), num_rows)
         for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
@@ -99,6 +104,7 @@ def quantize_tokens_kernel(
             quantized_ptr, scales_ptr, x_ptr, tl.program_id(0), num_columns, width, num_shares, stride_xm, stride_xk,
             LARGEST, SHARES, BLOCK, HELD,
         )  # fmt: skip
+    start_next_kernel(EARLY)
 
 
 def launch_for(
@@ -120,7 +126,8 @@ def launch_for(
         "BLOCK": block,
         "HELD": width <= block,
         "HAS_OFFSETS": expert_offsets is not None,
-        "num_warps": 8 if shares * block > FEW else 4,
+        "num_warps": min(max(shares * block // _ELEMENTS_OF_WARP, 1), 16),
+        **early_launch(quantized.device),
     }
     num_experts = 0 if expert_offsets is None else expert_offsets.size(0) - 1
     offsets = scales if expert_offsets is None else expert_offsets
