@@ -111,11 +111,20 @@ def _run_module(rank: int, mesh: Any, layout: Any, change: Callable[[Any], Any] 
 
 
 def _assert_as_whole(experts: nn.Module, whole: nn.Module, rank: int) -> None:
+    rounds_tokens = any(held.dtype is torch.float8_e4m3fn for held in whole.parameters())
     for counts in NUM_TOKENS:
         arguments = _routed(whole, counts[rank])
+        result, expected = experts(*arguments), whole(*arguments)
         # Sums of the two ranks' parts round once more.
         tolerance = 3e-2 if arguments[0].dtype is torch.bfloat16 else 1e-5
-        torch.testing.assert_close(experts(*arguments), whole(*arguments), rtol=tolerance, atol=tolerance)
+        if rounds_tokens and counts[rank] > 0:
+            # Rows that differ in their last bit may be quantized to neighbours in float8, a 16th apart: seldom.
+            size = expected.abs().amax(1, keepdim=True)
+            assert ((result - expected).abs() <= size / 16).all()
+            same = ((result - expected).abs() <= tolerance * (1 + size)).all(1)
+            assert int((~same).sum()) <= 1, f"{int((~same).sum())} of {counts[rank]} tokens differ"
+            continue
+        torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
 
 
 def _distributed_weights(rank: int, mesh: Any) -> None:
