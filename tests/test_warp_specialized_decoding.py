@@ -106,10 +106,16 @@ AHEAD_OF_TIME = [
 ]
 
 
-@pytest.mark.parametrize("tile", WARP_SPECIALIZED_TILES, ids=lambda tile: str(tile.block_m))
-@pytest.mark.parametrize("variant, activation, biased, dtype, spills", AHEAD_OF_TIME)
+#: The tile that takes most registers with all of them, the smaller ones with what takes most.
+CASES_AHEAD = [
+    *((WARP_SPECIALIZED, *case) for case in AHEAD_OF_TIME),
+    *((tile, *AHEAD_OF_TIME[1]) for tile in WARP_SPECIALIZED_TILES if tile is not WARP_SPECIALIZED),
+]
+
+
+@pytest.mark.parametrize("tile, variant, activation, biased, dtype, spills", CASES_AHEAD)
 def test_ahead_of_time(
-    hopper: None, variant: str, activation: str, biased: bool, dtype: torch.dtype, spills: int, tile: Tile
+    hopper: None, tile: Tile, variant: str, activation: str, biased: bool, dtype: torch.dtype, spills: int
 ) -> None:
     """Both GEMMs, within registers and shared memory."""
     layer = {"M": 256, "K": 1024, "I": 512, "E": 2, "biased": biased, "activation": activation}
