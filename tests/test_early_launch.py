@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import compile_moe
+from compile_moe.ops import quantize_tokens
 from compile_moe.ops.kernels.early_launch import can_launch_early, early_launch
 from tests.support.oracle import make_layer
 
@@ -50,3 +51,32 @@ def test_layers_that_read_what_the_one_before_wrote(m: int) -> None:
         assert torch.equal(chain(20, stop=False), expected)
         graph.replay()
         assert torch.equal(captured, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scaling", ["int8 per token", "int8 per group of 128"])
+@pytest.mark.parametrize("m", [40, 700])
+def test_quantizations_that_read_what_the_one_before_wrote(m: int, scaling: str) -> None:
+    """Each quantizes what the one before gave, whose launch it doesn't wait for."""
+    tokens = torch.randn(m, 512, device="cuda", dtype=torch.bfloat16)
+    offsets = torch.tensor([0, m // 2, m], dtype=torch.int32, device="cuda")
+
+    def chain(stop: bool) -> list[torch.Tensor]:
+        results, x = [], tokens
+        for i in range(40):
+            quantized, scales = quantize_tokens(x, scaling, None, None, offsets if i % 2 else None)
+            # The same memory, as numbers of 16 bits that are neither infinite nor NaN.
+            x = (quantized.view(torch.int16) & 0x3FFF).view(torch.bfloat16).repeat(1, 2)
+            results += [quantized, scales]
+            if stop:
+                torch.cuda.synchronize()
+        return results
+
+    expected = chain(stop=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(stop=False)
+    for _ in range(3):
+        assert all(map(torch.equal, chain(stop=False), expected))
+        graph.replay()
+        assert all(map(torch.equal, captured, expected))

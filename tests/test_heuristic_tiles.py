@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from compile_moe.ops.kernels import tuned_tiles
 from compile_moe.ops.kernels.gemm_problem import GemmProblem
 from compile_moe.ops.kernels.heuristic_tiles import of_programs, shared_memory
+from compile_moe.ops.kernels.quantized import tiles as quantized_tiles
 from compile_moe.ops.kernels.tiles import DeviceLimits, Tile
+from compile_moe.ops.quantized_format import weight_format
+from compile_moe.quantization import make_scheme
 
 HOPPER = DeviceLimits(232448, async_mma=True, warp_specialized=True, multiprocessors=132)
 AMPERE = DeviceLimits(166912, async_mma=False, multiprocessors=108)
@@ -111,3 +115,20 @@ def test_the_first_that_all_run_at_once() -> None:
         shallow,
         small,
     ]
+
+
+@pytest.mark.parametrize(
+    ("slots", "rows", "num_stages"),
+    # Of 64 columns each; 528 programs of 16 rows and five stages run at once, 396 of 32 rows.
+    [(1, 16, 5), (16, 16, 5), (17, 16, 3), (1000, 16, 3), (2000, 32, 3)],
+)
+def test_eight_bits(slots: int, rows: int, num_stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_tiles, "device_limits", lambda index: HOPPER)
+    x, w = (
+        torch.empty(*shape, dtype=torch.int8, device="meta") for shape in ((slots, 768), (128, 2048, 768))
+    )
+    out = torch.empty(slots, 2048, dtype=torch.bfloat16, device="meta")
+    form = weight_format(make_scheme("int8_w8a8_channel").text)
+    choice = quantized_tiles.tile_choice(x, w, torch.empty(128, 2048, 1, device="meta"), out, form, False)
+    assert choice.tile == Tile(rows, 64, 128, num_stages, 4)
+    assert choice.tile in choice.candidates

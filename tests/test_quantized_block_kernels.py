@@ -19,7 +19,7 @@ from compile_moe import (
     TritonExperts,
     routers,
 )
-from compile_moe.ops import quantize_tokens
+from compile_moe.ops import quantize_tokens, route_tokens
 from compile_moe.quantization import make_scheme
 from tests.support.fake_cuda import cuda_empty, generated_kernels
 from tests.test_block_kernels import TOPK, E, I, K, M, after_router, by_kernels, clamped_silu, in_order
@@ -71,6 +71,38 @@ def quantized(x: Tensor, case: str, scale: list[Tensor]) -> tuple[Tensor, ...]:
     """Without the copy of a scale that is given for all, as a layer uses it."""
     result, scales = quantize_tokens(x, SCALINGS[case], *scale)
     return (result,) if case == "fp8 static" else (result, scales)
+
+
+#: Of stored tokens: kernels that inductor generates, and calls of the op.
+BESIDE: dict[str, tuple[Callable[[Tensor], Any], int, int]] = {
+    "nothing": (lambda x: quantize_tokens(x, "int8 per token"), 0, 1),
+    "nothing, of a view": (lambda x: quantize_tokens(x.view(-1, K // 2), "int8 per token"), 0, 1),
+    "another op of ours": (
+        lambda x: (quantize_tokens(x, "int8 per token"), route_tokens(x[:, :64], 2, "softmax")),
+        0,
+        1,
+    ),
+    "a norm": (lambda x: (quantize_tokens(x, "int8 per token"), F.rms_norm(x, (K,))), 1, 0),
+    "maxima of a view": (
+        lambda x: (quantize_tokens(x, "int8 per token"), x.view(M, K).float().abs().amax(1)),
+        1,
+        0,
+    ),
+    "another quantization": (
+        lambda x: (quantize_tokens(x, "int8 per token"), quantize_tokens(x, "float8_e4m3fn per token")),
+        1,
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_stored_tokens_are_read_once(beside: str) -> None:
+    """By the op's own kernel, or by one of inductor's for all that reads them."""
+    function, num_generated, num_called = BESIDE[beside]
+    generated = generated_kernels(function, lambda: (cuda_empty(M, K),))
+    called = [name for name in generated.op_calls if name.startswith("quantize_tokens")]
+    assert (len(generated.triton_kernels), len(called)) == (num_generated, num_called)
 
 
 class TestQuantization(expecttest.TestCase):

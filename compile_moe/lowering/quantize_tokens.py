@@ -16,7 +16,7 @@ import torch
 
 from compile_moe.lowering.inductor_compat import call, flattened, lower, ops, pointwise, row_maxima
 from compile_moe.lowering.ptx import instruction, quotient, writes_ptx
-from compile_moe.lowering.stands_alone import stands_alone
+from compile_moe.lowering.stands_alone import is_only_reader, stands_alone
 from compile_moe.ops.float8_support import no_float8
 from compile_moe.ops.quantize_tokens import quantize_tokens
 from compile_moe.quantization import TokenScaling, parse_scaling
@@ -46,7 +46,8 @@ def _lowering(
     is_given = maxima is not None or expert_offsets is not None
     device = tokens.get_device()
     # A computed scale for each token or group, by one kernel, which starts while the one ahead of it ends.
-    is_own = device.type == "cuda" and scale is None and parsed.per != "tensor" and stands_alone()
+    is_computed = scale is None and parsed.per != "tensor"
+    is_own = device.type == "cuda" and is_computed and stands_alone() and is_only_reader()
     if is_given or is_own or width is None or 0 in (m, k) or no_float8(parsed.dtype, device):
         return call(quantize_tokens, tokens, scaling, scale, maxima, expert_offsets)
     load = tokens.make_loader()

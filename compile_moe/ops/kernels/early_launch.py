@@ -39,16 +39,10 @@ def await_earlier_kernels(EARLY: tl.constexpr, STARTS_NEXT: tl.constexpr = True)
     """Behind this, memory is as the kernels ahead left it; the kernel behind this one may start, and wait in turn.
 
     Args:
-        STARTS_NEXT: False leaves that to :func:`start_next_kernel`: programs that start where those of this kernel
-            still are on some multiprocessors share the others unevenly.
+        STARTS_NEXT: False: it may when this one's programs have ended. Those of a large kernel that start while others
+            are still on some multiprocessors share the multiprocessors unevenly.
     """
     if EARLY:
         gdc_wait()
         if STARTS_NEXT:
             gdc_launch_dependents()
-
-
-@triton.jit
-def start_next_kernel(EARLY: tl.constexpr):
-    if EARLY:
-        gdc_launch_dependents()

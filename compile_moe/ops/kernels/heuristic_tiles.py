@@ -22,7 +22,7 @@ _TilesOfRows = dict[int, tuple[tuple[int, int, int, bool], ...]]
 
 #: Rows of an average expert from which they are taken unless something else was tuned: where the next smaller tile
 #: would be too small for a tenth of the experts, whose weights then are read twice (16-bit ones; between the numbers
-#: measured on an H100: 48 and 56, 80 and 96, 128 and 160).
+#: measured on an H200: 48 and 56, 80 and 96, 128 and 160).
 WARP_SPECIALIZED_PAYS_FROM = {WARP_SPECIALIZED_64: 56, WARP_SPECIALIZED_128: 84, WARP_SPECIALIZED: 148}
 WIDE_PAYS_FROM = {WIDE_64: 56, WIDE_128: 84, WARP_SPECIALIZED: 148}
 

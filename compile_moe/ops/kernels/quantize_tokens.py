@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compile_moe.ops.kernels.early_launch import await_earlier_kernels, early_launch, start_next_kernel
+from compile_moe.ops.kernels.early_launch import await_earlier_kernels, early_launch
 from compile_moe.ops.kernels.launch import Launch, Plan, launch, pointer_key
 from compile_moe.ops.kernels.token_rounding import bits_of_magnitude, quantized, row_strides, scale_of
 
@@ -18,7 +18,7 @@ MOST_HELD = 8192
 MOST_PROGRAMS = 1024
 #: Elements that a program takes at least, if shares are small.
 FEW = 2048
-#: Two loads of 16 bytes a thread, more where a program has as many warps as it may.
+#: Two loads of 16 bytes a thread, of 16-bit tokens.
 _ELEMENTS_OF_WARP = 512
 
 
@@ -104,7 +104,6 @@ def quantize_tokens_kernel(
             quantized_ptr, scales_ptr, x_ptr, tl.program_id(0), num_columns, width, num_shares, stride_xm, stride_xk,
             LARGEST, SHARES, BLOCK, HELD,
         )  # fmt: skip
-    start_next_kernel(EARLY)
 
 
 def launch_for(
@@ -126,7 +125,7 @@ def launch_for(
         "BLOCK": block,
         "HELD": width <= block,
         "HAS_OFFSETS": expert_offsets is not None,
-        "num_warps": min(max(shares * block // _ELEMENTS_OF_WARP, 1), 16),
+        "num_warps": max(shares * block // _ELEMENTS_OF_WARP, 1),
         **early_launch(quantized.device),
     }
     num_experts = 0 if expert_offsets is None else expert_offsets.size(0) - 1
