@@ -38,8 +38,8 @@ _MOST_BYTES = 384 * 2**20
 
 
 def serves(hidden_states: Tensor, w1: Tensor, w2: Tensor, topk: int) -> bool:
-    """Whether the op is the faster way for these arguments: one token, 16-bit weights whose rows lie in one
-    piece, few of them. Reads shapes, strides, dtypes and devices only, and adds no guards.
+    """Whether the op is the faster way for these arguments: one token, 16-bit weights whose rows lie in one piece,
+    few of them. Reads shapes, strides, dtypes and devices only, and adds no guards.
     """
     num_tokens = hidden_states.size(0)
     sizes = (num_tokens, topk, *w1.shape, *w2.shape)

@@ -39,8 +39,7 @@ def await_earlier_kernels(EARLY: tl.constexpr, STARTS_NEXT: tl.constexpr = True)
     """Behind this, memory is as the kernels ahead left it; the kernel behind this one may start, and wait in turn.
 
     Args:
-        STARTS_NEXT: False: it may when this one's programs have ended. Those of a large kernel that start while others
-            are still on some multiprocessors share the multiprocessors unevenly.
+        STARTS_NEXT: False: the kernel behind may not start before this one's programs have ended.
     """
     if EARLY:
         gdc_wait()

@@ -69,7 +69,7 @@ def tile_candidates(
     transposed: bool,
     limits: DeviceLimits,
 ) -> tuple[Tile, ...]:
-    """One tile for each row count of ``_ROW_TILES``, or some, within the registers and the shared memory of the device.
+    """One tile or several for each row count of ``_ROW_TILES``, within the device's registers and shared memory.
 
     Few rows: an expert's weights are read once, so short, deep tiles that keep many loads in flight. Many rows:
     tiles whose accumulators fill the register file (128 x 256 float32 over 8 warps), where the tensor cores leave the
@@ -155,11 +155,20 @@ def warp_specialized_from(num_columns: int, num_experts: int, limits: DeviceLimi
 
 
 def choose_tile(
-    candidates: tuple[Tile, ...], num_slots: int, num_experts: int, special_from: Mapping[Tile, int]
+    candidates: tuple[Tile, ...],
+    num_slots: int,
+    num_experts: int,
+    num_columns: int,
+    itemsize: int,
+    num_accumulators: int,
+    special_from: Mapping[Tile, int],
+    limits: DeviceLimits,
 ) -> Tile:
-    """The row tile for the average expert's rows, as ``_ROW_TILES`` says (the largest candidate if that is smaller).
+    """The row tile for the average expert's rows, as ``_ROW_TILES`` says (the largest candidate if that is smaller),
+    and of several of as many rows the one for so many programs, as :func:`of_programs` says.
 
     Args:
+        num_columns, itemsize, num_accumulators: as for :func:`tile_candidates`.
         special_from: warp-specialized tiles, which are taken from so many rows of an average expert on, if
             they are candidates; of several the one with the largest number.
     """
@@ -168,8 +177,14 @@ def choose_tile(
     if special:
         return max(special, key=lambda tile: reached[tile])
     candidates = tuple(tile for tile in candidates if not tile.warp_specialized)
-    average = num_slots / min(num_experts, max(num_slots, 1))
-    return next((tile for tile in candidates if average <= _ROW_TILES.get(tile.block_m, 0)), candidates[-1])
+    num_row_tiles = min(num_experts, num_slots)  # most experts have one
+    average = num_slots / max(num_row_tiles, 1)
+    rows = next(
+        (tile.block_m for tile in candidates if average <= _ROW_TILES.get(tile.block_m, 0)),
+        candidates[-1].block_m,
+    )
+    as_tall = tuple(tile for tile in candidates if tile.block_m == rows)
+    return of_programs(as_tall, num_row_tiles, num_columns, itemsize, num_accumulators, limits)
 
 
 def of_programs(

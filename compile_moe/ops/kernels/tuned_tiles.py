@@ -12,7 +12,6 @@ import torch
 from compile_moe.ops.kernels.gemm_problem import GemmProblem, Shape
 from compile_moe.ops.kernels.heuristic_tiles import (
     choose_tile,
-    of_programs,
     tile_candidates,
     warp_specialized_from,
 )
@@ -79,14 +78,8 @@ def heuristic_choice(problem: GemmProblem, num_slots: int, device_index: int | N
         problem.num_columns * problem.num_accumulators, problem.num_experts, limits
     )
     candidates += tuple(tile for tile in special_from if not why_not(tile, problem, limits))
-    tile = choose_tile(candidates, num_slots, problem.num_experts, special_from)
-    if not tile.warp_specialized:
-        as_tall = tuple(
-            each for each in candidates if each.block_m == tile.block_m and not each.warp_specialized
-        )
-        num_row_tiles = min(num_slots, problem.num_experts)  # most experts have one
-        sizes = problem.num_columns, problem.itemsize, problem.num_accumulators
-        tile = of_programs(as_tall, num_row_tiles, *sizes, limits)
+    sizes = problem.num_columns, problem.itemsize, problem.num_accumulators
+    tile = choose_tile(candidates, num_slots, problem.num_experts, *sizes, special_from, limits)
     return TileChoice(tile, candidates)
 
 

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from compile_moe.ops.kernels.gemm_problem import has_boxes
-from compile_moe.ops.kernels.heuristic_tiles import choose_tile, of_programs
+from compile_moe.ops.kernels.heuristic_tiles import choose_tile
 from compile_moe.ops.kernels.quantized.few_rows import launches as few_rows
 from compile_moe.ops.kernels.quantized.operands import steps_of
 from compile_moe.ops.kernels.quantized.weight_format import WeightFormat
@@ -55,11 +55,8 @@ def tile_choice(
     few = None
     if for_few_rows:
         few = few_rows.choose(candidates, out.size(0), w.size(0), out.size(1), w.size(2))
-    tile = few or choose_tile(candidates, out.size(0), w.size(0), pays_from(weight_format))
-    if not few and not tile.warp_specialized:
-        as_tall = tuple(each for each in candidates if each._replace(num_stages=tile.num_stages) == tile)
-        num_row_tiles = min(out.size(0), w.size(0))  # most experts have one
-        tile = of_programs(as_tall, num_row_tiles, out.size(1), x.element_size(), 2 if gated else 1, limits)
+    columns = out.size(1), x.element_size(), 2 if gated else 1
+    tile = few or choose_tile(candidates, out.size(0), w.size(0), *columns, pays_from(weight_format), limits)
     return TileChoice(tile, candidates)
 
 
