@@ -124,6 +124,18 @@ def test_no_number_of_tokens_takes_a_tile_that_was_not_loaded(columns: int, dept
     assert all(choice.tile in choice.candidates for choice in choices)
 
 
+def with_rows(rows: list[int], variant: Variant, **layer: Any) -> Gemms:
+    """Of experts with so many rows each."""
+    ids = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows))[torch.randperm(sum(rows))]
+    made = make_quantized(variant, M=sum(rows) // 2, E=len(rows), topk=2, dtype=torch.bfloat16, **layer)
+    made.layer.topk_ids.copy_(ids.view(-1, 2))
+    return Gemms(made)
+
+
+#: Tiles of 16 and of 32 with as many rows as half of them or all, one more, or few.
+ROWS = {16: [8, 9, 17, 2], 32: [16, 17, 40, 3]}
+
+
 def run(stage: str, arguments: Any) -> tuple[Tensor, dict[str, int]]:
     """The result, and warps of the kernels that made it."""
     record: list[Any] = []
@@ -175,6 +187,15 @@ def test_narrow_tiles_for_more_rows(variant: str) -> None:
             VARIANTS[variant], M=m, K=k, I=i, E=2, topk=2, biased=True, dtype=torch.bfloat16
         )
         assert assert_right(Gemms(made)) == warps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", ROWS.values(), ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tiles_that_are_half_full_or_less(variant: str, rows: list[int]) -> None:
+    """Both GEMMs with wide tiles, then each with narrow ones."""
+    for k, i, warps in ((512, 544, [4, 4]), (16672, 32, [2, 4]), (32, 16672, [4, 2])):
+        assert assert_right(with_rows(rows, VARIANTS[variant], K=k, I=i, biased=True)) == warps
 
 
 @pytest.mark.gpu

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from compile_moe.ops.kernels.quantized.few_rows.launches import NARROW, WIDE
+from compile_moe.ops.kernels.quantized.few_rows.loads import fewest_tokens, takes
+from compile_moe.ops.kernels.tiles import Tile
+from tests.support import gluon_on_cpu
 from tests.support.few_rows_on_cpu import few_rows_on_cpu, kernels_launched
 from tests.support.launchers import launch
 from tests.support.quantized import make_quantized
 from tests.support.quantized_gemms import GEMMS, Gemms
 from tests.support.quantized_inputs import op
-from tests.test_few_rows import VARIANTS, name
+from tests.test_few_rows import ROWS, VARIANTS, name, with_rows
 
 #: Experts' rows on average: 1, with narrow tiles in GEMM 1 and in GEMM 2; 4, 10, 30, and these with narrow tiles in one
 #: of the GEMMs. Depths that end in a step, or are less than one; columns that end in a tile.
@@ -46,8 +49,11 @@ def on_cpu() -> Iterator[None]:
 
 
 def assert_right(variant: str, dtype: torch.dtype = torch.bfloat16, **layer: Any) -> list[tuple[int, int]]:
-    """Both GEMMs, by these kernels: rows and warps of their tiles."""
-    gemms = Gemms(make_quantized(VARIANTS[variant], topk=2, dtype=dtype, **layer))
+    return tiles_of(Gemms(make_quantized(VARIANTS[variant], topk=2, dtype=dtype, **layer)))
+
+
+def tiles_of(gemms: Gemms) -> list[tuple[int, int]]:
+    """Of both GEMMs, by these kernels and right: rows and warps."""
     kernels_launched.clear()
     for stage in GEMMS:
         gemms.check(stage, launch(op(stage), *gemms.inputs[stage]))
@@ -66,6 +72,24 @@ DEEP = ("int8_w8a16", "int4, zero points", "mxfp4_w4a16")
 def test_gemms(variant: str, size: str) -> None:
     tiles = assert_right(variant, **SIZES[size], biased=True)
     assert tiles == [(tile.block_m, tile.num_warps) for tile in TILES_OF[size]]
+
+
+@pytest.mark.parametrize("tile, rows", ROWS.items())
+@pytest.mark.parametrize("variant", ["int4, zero points", "int8_w8a16"])
+def test_tiles_that_are_half_full_or_less(variant: str, tile: int, rows: list[int]) -> None:
+    gemms = with_rows(rows, VARIANTS[variant], K=544, I=96, biased=True)
+    assert tiles_of(gemms) == [(tile, 4)] * 2
+
+
+@pytest.mark.parametrize("tile", WIDE)
+def test_a_tile_is_multiplied_with_the_fewest_tokens_that_hold_its_rows(tile: Tile) -> None:
+    block_m = tile.block_m
+    numbers = sorted({fewest_tokens.fn(block_m), block_m})
+    assert numbers == {8: [8], 16: [8, 16], 32: [16, 32]}[block_m]
+    taken = gluon_on_cpu.on_cpu(takes, gluon_on_cpu.Program(), {})
+    for rows in range(1, block_m + 1):
+        used = [tokens for tokens in numbers if taken(rows, tokens, block_m)]
+        assert used == [next(tokens for tokens in numbers if tokens >= rows)]
 
 
 @pytest.mark.parametrize("variant", ["int4, zero points", "int8_w8a16"])

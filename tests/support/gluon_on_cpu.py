@@ -303,7 +303,8 @@ def on_cpu(function: Any, program: Program, replaced: dict[str, Any]) -> Callabl
         if isinstance(value, tl.constexpr):
             return value.value
         if type(value).__name__ == "ConstexprFunction":
-            return ANYTHING
+            # The others make layouts.
+            return value.fn if value.fn.__annotations__.get("return") == "int" else ANYTHING
         if hasattr(value, "fn"):
             return rebuilt(value.fn)
         return value

@@ -69,6 +69,12 @@ def stored_tokens(TOKENS: int, WARPS: int, PACKED: int) -> Any:
 
 
 @gluon.constexpr_function
+def stored_results(WARPS: int) -> Any:
+    """Results (tokens, columns), 8 a thread."""
+    return gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+
+
+@gluon.constexpr_function
 def scales_of_rows(GROUPS: int, ROWS: int, WARPS: int) -> Any:
     """Scales (GROUPS, ROWS) of a part, where a thread's rows follow one another (see :func:`row_at`)."""
     mine = ROWS // (8 * WARPS)

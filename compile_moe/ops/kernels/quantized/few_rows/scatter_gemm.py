@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from compile_moe.ops.kernels.early_launch import await_earlier_kernels
+from compile_moe.ops.kernels.quantized.few_rows.layouts import stored_results
+from compile_moe.ops.kernels.quantized.few_rows.loads import fewest_tokens, takes
 from compile_moe.ops.kernels.quantized.few_rows.multiply import multiply
 from compile_moe.ops.kernels.tiles import grouped_order, tile_among
+
+
+@gluon.jit
+def store_slots(
+    out_ptr, y, sorted_slots_ptr, first_row, end_row, num_slots, tile_n, num_columns, WARPS: gl.constexpr
+):
+    """y (rows, columns of tile_n) as the slots' rows of out, of rows first_row... up to end_row."""
+    layout: gl.constexpr = stored_results(WARPS)
+    row = first_row + gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, layout))
+    slot = gl.load(sorted_slots_ptr + row, mask=row < end_row, other=-1)
+    column = tile_n * y.shape[1] + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, layout))
+    ptrs = out_ptr + gl.expand_dims(slot.to(gl.int64) * num_columns, 1) + gl.expand_dims(column, 0)
+    mask = gl.expand_dims((slot >= 0) & (slot < num_slots), 1) & gl.expand_dims(column < num_columns, 0)
+    gl.store(ptrs, gl.convert_layout(y, layout), mask=mask)
 
 
 # The parameters of the kernel for any number of rows, of which some aren't read here.
@@ -64,28 +81,28 @@ def few_rows_scatter_gemm_kernel(
     )
     if expert > num_experts:
         return
-    out_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    out_row = first_row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, out_layout))
-    slot = gl.load(sorted_slots_ptr + out_row, mask=out_row < end_row, other=-1)
-    column = tile_n * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, out_layout))
-    out_ptrs = out_ptr + gl.expand_dims(slot.to(gl.int64) * num_columns, 1) + gl.expand_dims(column, 0)
-    out_mask = gl.expand_dims((slot >= 0) & (slot < num_slots), 1) & gl.expand_dims(column < num_columns, 0)
     if ZERO_SKIPPED:
         if expert == num_experts:
-            zeros = gl.zeros([BLOCK_M, BLOCK_N], out_ptr.dtype.element_ty, out_layout)
-            gl.store(out_ptrs, zeros, mask=out_mask)
+            zeros = gl.zeros([BLOCK_M, BLOCK_N], out_ptr.dtype.element_ty, stored_results(WARPS))
+            store_slots(
+                out_ptr, zeros, sorted_slots_ptr, first_row, end_row, num_slots, tile_n, num_columns, WARPS
+            )
             return
 
     x_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
-    row = first_row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, x_layout))
-    row_mask = row < end_row
-    acc = multiply(
-        x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr,
-        expert, tile_n, gl.where(row_mask, row, 0), row_mask, num_columns, depth,
-        stride_xm, stride_we, stride_wn, stride_se, stride_sn, stride_sk, stride_ze, stride_zn, stride_zk,
-        stride_be, stride_bn,
-        "ungated", BLOCK_N, EVEN_N, EVEN_K, HAS_BIAS, HAS_ZERO,
-        PACKED, PACKED_ZEROS, GROUP, STAGES, WARPS,
-    )  # fmt: skip
-    y = gl.permute(acc.to(out_ptr.dtype.element_ty), (1, 0))
-    gl.store(out_ptrs, gl.convert_layout(y, out_layout), mask=out_mask)
+    for TOKENS in gl.static_range(fewest_tokens(BLOCK_M), BLOCK_M + 1, fewest_tokens(BLOCK_M)):
+        if takes(end_row - first_row, TOKENS, BLOCK_M):
+            row = first_row + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, x_layout))
+            row_mask = row < end_row
+            acc = multiply(
+                x_ptr, w_ptr, scale_ptr, zero_ptr, bias_ptr,
+                expert, tile_n, gl.where(row_mask, row, 0), row_mask, num_columns, depth,
+                stride_xm, stride_we, stride_wn, stride_se, stride_sn, stride_sk, stride_ze, stride_zn, stride_zk,
+                stride_be, stride_bn,
+                "ungated", BLOCK_N, EVEN_N, EVEN_K, HAS_BIAS, HAS_ZERO,
+                PACKED, PACKED_ZEROS, GROUP, STAGES, WARPS,
+            )  # fmt: skip
+            y = gl.permute(acc.to(out_ptr.dtype.element_ty), (1, 0))
+            store_slots(
+                out_ptr, y, sorted_slots_ptr, first_row, end_row, num_slots, tile_n, num_columns, WARPS
+            )
