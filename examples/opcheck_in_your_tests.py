@@ -35,14 +35,13 @@ def my_inputs() -> dict[str, tuple[Any, ...]]:
 def test_ops() -> None:
     """Found by pytest: ``pytest opcheck_in_your_tests.py``."""
     for name, arguments in my_inputs().items():
-        torch.library.opcheck(getattr(torch.ops.compile_moe, name).default, arguments)
-
-
-def main() -> None:
-    for name, arguments in my_inputs().items():
         results = torch.library.opcheck(getattr(torch.ops.compile_moe, name).default, arguments)
         print(f"compile_moe::{name}: {', '.join(results)}")
     print(f"all ops of compile_moe {compile_moe.__version__} pass")
+
+
+def main() -> None:
+    test_ops()
 
 
 if __name__ == "__main__":

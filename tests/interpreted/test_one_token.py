@@ -44,7 +44,7 @@ def test_activation(name: str) -> None:
 
 
 # Several steps of each kernel, and more experts than it has columns of; interpreted, each program takes its time.
-@pytest.mark.parametrize(("topk", "K", "I"), [(1, 530, 290), (3, 530, 290), (10, 270, 140), (40, 40, 70)])
+@pytest.mark.parametrize(("topk", "K", "I"), [(1, 530, 290), (10, 270, 40), (40, 40, 70)])
 def test_many_steps_and_any_number_of_experts(topk: int, K: int, I: int) -> None:
     layer = make_layer(M=1, E=41, K=K, I=I, topk=topk, dtype=torch.bfloat16)
     assert_as_accurate(run_layer(layer), layer)
