@@ -13,13 +13,16 @@ from compile_moe.ops.kernels.tiles import grouped_order, tile_among
 
 
 @gluon.jit
-def store_slots(
-    out_ptr, y, sorted_slots_ptr, first_row, end_row, num_slots, tile_n, num_columns, WARPS: gl.constexpr
-):
-    """y (rows, columns of tile_n) as the slots' rows of out, of rows first_row... up to end_row."""
+def slots_to_store(sorted_slots_ptr, first_row, end_row, TOKENS: gl.constexpr, WARPS: gl.constexpr):
+    """Slots of rows first_row...; -1 from end_row on."""
+    row = first_row + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, stored_results(WARPS)))
+    return gl.load(sorted_slots_ptr + row, mask=row < end_row, other=-1)
+
+
+@gluon.jit
+def store_slots(out_ptr, y, slot, num_slots, tile_n, num_columns, WARPS: gl.constexpr):
+    """y (rows, columns of tile_n) as the slots' rows of out, where it has these."""
     layout: gl.constexpr = stored_results(WARPS)
-    row = first_row + gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, layout))
-    slot = gl.load(sorted_slots_ptr + row, mask=row < end_row, other=-1)
     column = tile_n * y.shape[1] + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, layout))
     ptrs = out_ptr + gl.expand_dims(slot.to(gl.int64) * num_columns, 1) + gl.expand_dims(column, 0)
     mask = gl.expand_dims((slot >= 0) & (slot < num_slots), 1) & gl.expand_dims(column < num_columns, 0)
@@ -84,14 +87,15 @@ def few_rows_scatter_gemm_kernel(
     if ZERO_SKIPPED:
         if expert == num_experts:
             zeros = gl.zeros([BLOCK_M, BLOCK_N], out_ptr.dtype.element_ty, stored_results(WARPS))
-            store_slots(
-                out_ptr, zeros, sorted_slots_ptr, first_row, end_row, num_slots, tile_n, num_columns, WARPS
-            )
+            skipped = slots_to_store(sorted_slots_ptr, first_row, end_row, BLOCK_M, WARPS)
+            store_slots(out_ptr, zeros, skipped, num_slots, tile_n, num_columns, WARPS)
             return
 
     x_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
     for TOKENS in gl.static_range(fewest_tokens(BLOCK_M), BLOCK_M + 1, fewest_tokens(BLOCK_M)):
         if takes(end_row - first_row, TOKENS, BLOCK_M):
+            # They arrive while the tile is multiplied.
+            slot = slots_to_store(sorted_slots_ptr, first_row, end_row, TOKENS, WARPS)
             row = first_row + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, x_layout))
             row_mask = row < end_row
             acc = multiply(
@@ -103,6 +107,4 @@ def few_rows_scatter_gemm_kernel(
                 PACKED, PACKED_ZEROS, GROUP, STAGES, WARPS,
             )  # fmt: skip
             y = gl.permute(acc.to(out_ptr.dtype.element_ty), (1, 0))
-            store_slots(
-                out_ptr, y, sorted_slots_ptr, first_row, end_row, num_slots, tile_n, num_columns, WARPS
-            )
+            store_slots(out_ptr, y, slot, num_slots, tile_n, num_columns, WARPS)
