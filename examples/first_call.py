@@ -1,4 +1,4 @@
-"""How long the first call takes in a fresh process: eager and compiled, with empty and with filled caches."""
+"""How long the first call takes in a fresh process: eager and compiled, with empty and filled caches, if it has any."""
 
 import os
 import subprocess

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -301,6 +302,29 @@ def test_what_the_command_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv(tile_file.VARIABLE, "")
     result = invoke(*sizes)
     assert result.exit_code == 2 and "COMPILE_MOE_TILES is empty" in result.stderr
+
+
+def test_the_kernel_between_is_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that needs not be there."""
+    on_gpu, zeros = torch.device("cuda", 3), torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda size, device: zeros(size))
+    # Each GEMM takes 10, what is between them 1, but it is measured as what ``between`` says.
+    between = 1.0
+
+    def seconds_per_call(calls: Sequence[Any], device: torch.device, as_graph: bool) -> float:
+        assert device == on_gpu and as_graph
+        return (10 + 1) / 2 if len(calls) == 4 else between
+
+    monkeypatch.setattr(tune_search, "seconds_per_call", seconds_per_call)
+    tune_search._seconds_between.cache_clear()
+    gemms: Any = [SimpleNamespace(out=SimpleNamespace(device=on_gpu))] * 2
+    tile: Any = None
+    assert tune_search.time_on_device(gemms, tile) == 10
+    between = 50.0
+    assert tune_search.time_on_device(gemms, tile) == 10
+    tune_search._seconds_between.cache_clear()
+    assert tune_search.time_on_device(gemms, tile) > 0
+    tune_search._seconds_between.cache_clear()
 
 
 @pytest.mark.gpu

@@ -65,7 +65,8 @@ def test_opcheck_example_under_pytest(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout and "compile_moe::fused_moe: test_schema" in done.stdout
+    assert "1 passed" in done.stdout
+    assert "compile_moe::fused_moe: test_schema" in done.stdout and "all ops of compile_moe" in done.stdout
 
 
 def test_importing_an_example_runs_nothing(tmp_path: Path) -> None:

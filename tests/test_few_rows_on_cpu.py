@@ -102,14 +102,19 @@ def test_all_on_one_expert(variant: str) -> None:
     assert_right(variant, M=40, K=256, I=128, E=4, routing="one")
 
 
+@pytest.mark.parametrize("tokens, tile", [(6, 8), (20, 16), (40, 32)])
 @pytest.mark.parametrize(
     "offsets", [[0, 90, 3, -5, 7], [7, 6, 5, 4, 3], [-(2**31), 2**31 - 1, 2, 99, -1]], ids=str
 )
-def test_offsets_that_make_no_sense_lead_nowhere(offsets: list[int]) -> None:
+def test_offsets_that_make_no_sense_lead_nowhere(offsets: list[int], tokens: int, tile: int) -> None:
     """Loads and stores outside a tensor fail here."""
-    gemms = Gemms(make_quantized(VARIANTS["int4_w4a16"], M=6, K=96, I=96, E=4, topk=2, dtype=torch.bfloat16))
+    layer = {"M": tokens, "K": 96, "I": 96, "E": 4, "topk": 2}
+    gemms = Gemms(make_quantized(VARIANTS["int4_w4a16"], **layer, dtype=torch.bfloat16))
+    slots = torch.tensor([5, -1, 99, 2**31 - 1, -(2**31), 0, 3, 4, 1, 7, 9, 2], dtype=torch.int32)
+    kernels_launched.clear()
     for stage in GEMMS:
         arguments = list(gemms.inputs[stage])
         arguments[6] = torch.tensor(offsets, dtype=torch.int32)
-        arguments[5] = torch.tensor([5, -1, 99, 2**31 - 1, -(2**31), 0, 3, 4, 1, 7, 9, 2], dtype=torch.int32)
+        arguments[5] = slots.repeat(-(-2 * tokens // 12))[: 2 * tokens]
         launch(op(stage), *arguments)
+    assert [constants["BLOCK_M"] for _, constants in kernels_launched] == [tile] * 2

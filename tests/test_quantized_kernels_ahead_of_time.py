@@ -29,9 +29,10 @@ OTHER_CODE = [variant for variant in DEFAULTS if not variant.startswith("fp8_w8a
 QWEN3_30B = (128, 8, 2048, 768)
 ODD = (7, 2, 75, 51)
 OWN_TILES = few_rows.WIDE + few_rows.NARROW
-#: Those that come closest to the registers they may have: enough where all would take minutes.
-TIGHTEST = few_rows.WIDE[1:]
-#: Bytes of a thread that the assembler may trade for occupancy: 16 registers of 128.
+#: Of 16 rows, which have just enough registers for four programs; of 32, with the most registers; and the narrow one
+#: with the most shared memory. Enough where all would take minutes.
+TIGHTEST = (*few_rows.WIDE[1:], few_rows.NARROW[-1])
+#: Bytes of a thread of these kernels that the assembler may trade for occupancy: 16 registers of 128.
 MOST_SPILLED = 64
 
 
@@ -79,8 +80,8 @@ def compiled(
         for_few_rows = which in ("all", "some", "few rows") and few_rows.serve(form, x, w, w_scale, limits)
         tiles = tile_candidates(*sizes, form, for_few_rows, gated, limits)
         own = few_rows.candidates(columns, 2**16, gated) if for_few_rows else ()
-        if which != "all":
-            own = own[1 : len(few_rows.WIDE)]
+        if own and which != "all":
+            own = tuple(each for each, tile in zip(own, OWN_TILES, strict=True) if tile in TIGHTEST)
         if which == "few rows":
             return own
         others = (tile for tile in tiles if not isinstance(tile, few_rows.FewRowsTile))
@@ -114,9 +115,11 @@ def compiled(
 
 
 def assert_no_spills(results: list[tuple[Tile, CompiledKernel]], allowed: int = 0) -> None:
+    """But of those for few rows."""
     for tile, result in results:
         spilled = max(result.spill_stores, result.spill_loads)
-        assert spilled <= allowed, f"{tile}: {result.registers} registers, {spilled} bytes spilled"
+        most = MOST_SPILLED if isinstance(tile, few_rows.FewRowsTile) else allowed
+        assert spilled <= most, f"{tile}: {result.registers} registers, {spilled} bytes spilled"
 
 
 def assert_copies_16_bytes(result: CompiledKernel) -> None:
@@ -128,14 +131,13 @@ def assert_copies_16_bytes(result: CompiledKernel) -> None:
 @pytest.mark.parametrize("variant", OTHER_CODE)
 def test_on_hopper(variant: str) -> None:
     results = compiled(DEFAULTS[variant], 90, torch.bfloat16, which="all")
-    own = [each for each in results if isinstance(each[0], few_rows.FewRowsTile)]
-    others = [each for each in results if not isinstance(each[0], few_rows.FewRowsTile)]
+    assert_no_spills(results)
+    own = [result for tile, result in results if isinstance(tile, few_rows.FewRowsTile)]
+    others = [result for tile, result in results if not isinstance(tile, few_rows.FewRowsTile)]
     assert len(own) == (2 * len(OWN_TILES) if DEFAULTS[variant].made.decode_words else 0)
-    assert_no_spills(own, MOST_SPILLED)
-    assert_no_spills(others)
-    for _, result in own:
+    for result in own:
         assert_copies_16_bytes(result)
-    assert all(result.has_wgmma for _, result in others)
+    assert all(result.has_wgmma for result in others)
 
 
 # Compiling every variant for each would take minutes.
@@ -145,7 +147,8 @@ def test_on_hopper(variant: str) -> None:
 )
 def test_elsewhere(variant: str, capability: int) -> None:
     made = DEFAULTS[variant]
-    assert_no_spills(compiled(made, capability, torch.bfloat16), MOST_SPILLED)
+    # The assembler trades a few bytes for occupancy.
+    assert_no_spills(compiled(made, capability, torch.bfloat16), 32)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +163,7 @@ def test_elsewhere(variant: str, capability: int) -> None:
     ids=str,
 )
 def test_other_dtypes(variant: str, dtype: torch.dtype) -> None:
-    assert_no_spills(compiled(DEFAULTS[variant], 90, dtype), MOST_SPILLED)
+    assert_no_spills(compiled(DEFAULTS[variant], 90, dtype), 16)
 
 
 def test_groups_of_8_bits() -> None:
@@ -179,7 +182,7 @@ def test_groups_of_8_bits() -> None:
 def test_few_rows(variant: Variant, shape: tuple[int, ...], activation: str, dtype: torch.dtype) -> None:
     results = compiled(variant, 90, dtype, shape, activation, "few rows")
     assert len(results) == 2 * len(TIGHTEST)
-    assert_no_spills(results, MOST_SPILLED)
+    assert_no_spills(results)
     for _, result in results:
         assert_copies_16_bytes(result)
 
