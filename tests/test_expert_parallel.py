@@ -10,7 +10,6 @@ import datetime
 import gc
 import time
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -94,7 +93,7 @@ def _two_groups(rank: int, seed: int) -> None:
         AllToAllPrepareAndFinalize(placements(2)["linear"], groups[rank])
 
 
-def _compiled_once(rank: int, seed: int, parts: str, variant: str, backend: str) -> Callable[..., Tensor]:
+def _compiled_once(rank: int, seed: int, parts: str, variant: str, backend: str) -> None:
     """One graph for all numbers of tokens, and for all layers."""
     torch.compiler.reset()
     torch.manual_seed(seed)

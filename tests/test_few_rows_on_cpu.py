@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compile_moe.ops.kernels.quantized.few_rows.launches import NARROW, WIDE
-from compile_moe.ops.kernels.quantized.few_rows.loads import fewest_tokens, takes
+from compile_moe.ops.kernels.quantized.few_rows.multiply import fewest_tokens, takes
 from compile_moe.ops.kernels.tiles import Tile
 from tests.support import gluon_on_cpu
 from tests.support.few_rows_on_cpu import few_rows_on_cpu, kernels_launched

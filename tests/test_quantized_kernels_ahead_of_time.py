@@ -115,7 +115,7 @@ def compiled(
 
 
 def assert_no_spills(results: list[tuple[Tile, CompiledKernel]], allowed: int = 0) -> None:
-    """But of those for few rows."""
+    """More than ``allowed`` bytes, or MOST_SPILLED of those for few rows."""
     for tile, result in results:
         spilled = max(result.spill_stores, result.spill_loads)
         most = MOST_SPILLED if isinstance(tile, few_rows.FewRowsTile) else allowed

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from compile_moe.ops.kernels.early_launch import await_earlier_kernels
 from compile_moe.ops.kernels.epilogue import epilogue
 from compile_moe.ops.kernels.quantized.few_rows.layouts import stored_results
-from compile_moe.ops.kernels.quantized.few_rows.loads import fewest_tokens, takes
-from compile_moe.ops.kernels.quantized.few_rows.multiply import multiply
+from compile_moe.ops.kernels.quantized.few_rows.multiply import fewest_tokens, multiply, takes
+from compile_moe.ops.kernels.quantized.few_rows.stores import result_rows, store_results
 from compile_moe.ops.kernels.tiles import early_slots, grouped_order, slots_of_rows, tile_among
-
-
-@gluon.jit
-def store_rows(out_ptr, y, first_row, end_row, tile_n, num_columns, WARPS: gl.constexpr):
-    """y (rows, columns of tile_n) as rows first_row... of out, up to end_row."""
-    layout: gl.constexpr = stored_results(WARPS)
-    row = first_row + gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, layout))
-    column = tile_n * y.shape[1] + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, layout))
-    ptrs = out_ptr + gl.expand_dims(row.to(gl.int64) * num_columns, 1) + gl.expand_dims(column, 0)
-    mask = gl.expand_dims(row < end_row, 1) & gl.expand_dims(column < num_columns, 0)
-    gl.store(ptrs, gl.convert_layout(y, layout), mask=mask)
 
 
 # The parameters of the kernel for any number of rows, of which some aren't read here.
@@ -89,7 +77,8 @@ def few_rows_gather_gemm_kernel(
     if ZERO_SKIPPED:
         if expert == num_experts:
             zeros = gl.zeros([BLOCK_M, BLOCK_N], out_ptr.dtype.element_ty, stored_results(WARPS))
-            store_rows(out_ptr, zeros, first_row, end_row, tile_n, num_columns, WARPS)
+            skipped = result_rows(first_row, BLOCK_M, WARPS)
+            store_results(out_ptr, zeros, skipped, skipped < end_row, tile_n, num_columns, WARPS)
             return
 
     for TOKENS in gl.static_range(fewest_tokens(BLOCK_M), BLOCK_M + 1, fewest_tokens(BLOCK_M)):
@@ -115,4 +104,6 @@ def few_rows_gather_gemm_kernel(
                 y = gl.reshape(epilogue(gate, up).to(out_ptr.dtype.element_ty), [BLOCK_N, TOKENS])
             else:
                 y = epilogue(acc, acc).to(out_ptr.dtype.element_ty)
-            store_rows(out_ptr, gl.permute(y, (1, 0)), first_row, end_row, tile_n, num_columns, WARPS)
+            out_row = result_rows(first_row, TOKENS, WARPS)
+            y = gl.permute(y, (1, 0))
+            store_results(out_ptr, y, out_row, out_row < end_row, tile_n, num_columns, WARPS)

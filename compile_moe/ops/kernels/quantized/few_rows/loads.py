@@ -30,24 +30,6 @@ def weight_row(row, tile_n, num_columns, LAYOUT: gl.constexpr, ROWS: gl.constexp
     return column
 
 
-@gluon.constexpr_function
-def fewest_tokens(BLOCK_M: int) -> int:
-    """Products have at least 8; a tile is multiplied with half of its tokens where it has no more rows."""
-    return max(BLOCK_M // 2, 8)
-
-
-@gluon.jit
-def takes(num_rows, TOKENS: gl.constexpr, BLOCK_M: gl.constexpr):
-    """Whether so many rows are multiplied with TOKENS tokens, :func:`fewest_tokens` or all of the tile's."""
-    FEWEST: gl.constexpr = fewest_tokens(BLOCK_M)
-    if FEWEST == BLOCK_M:
-        return True
-    elif TOKENS == FEWEST:
-        return num_rows <= FEWEST
-    else:
-        return num_rows > FEWEST
-
-
 @gluon.jit
 def copy_weights(smem, ptrs, step, depth, PACKED: gl.constexpr, EVEN_K: gl.constexpr):
     """Weights of a step on their way to shared memory; zeros behind the depth."""

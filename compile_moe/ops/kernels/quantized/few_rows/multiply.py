@@ -37,6 +37,24 @@ from compile_moe.ops.kernels.warp_specialized.compat import view
 COLUMNS_OF_SCALES = gl.constexpr(512)  # whose scales are in shared memory at a time
 
 
+@gluon.constexpr_function
+def fewest_tokens(BLOCK_M: int) -> int:
+    """Products have at least 8; a tile is multiplied with half of its tokens where it has no more rows."""
+    return max(BLOCK_M // 2, 8)
+
+
+@gluon.jit
+def takes(num_rows, TOKENS: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Whether so many rows are multiplied with TOKENS tokens, :func:`fewest_tokens` or all of the tile's."""
+    FEWEST: gl.constexpr = fewest_tokens(BLOCK_M)
+    if FEWEST == BLOCK_M:
+        return True
+    elif TOKENS == FEWEST:
+        return num_rows <= FEWEST
+    else:
+        return num_rows > FEWEST
+
+
 @gluon.jit
 def grouped(weights, scales, WARPS: gl.constexpr):
     """Weights (ROWS, PART_BYTES) as (ROWS, GROUPS, columns), and what belongs to them of (GROUPS, positions)."""

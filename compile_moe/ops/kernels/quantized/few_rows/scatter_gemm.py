@@ -7,26 +7,16 @@ from triton.experimental.gluon import language as gl
 
 from compile_moe.ops.kernels.early_launch import await_earlier_kernels
 from compile_moe.ops.kernels.quantized.few_rows.layouts import stored_results
-from compile_moe.ops.kernels.quantized.few_rows.loads import fewest_tokens, takes
-from compile_moe.ops.kernels.quantized.few_rows.multiply import multiply
+from compile_moe.ops.kernels.quantized.few_rows.multiply import fewest_tokens, multiply, takes
+from compile_moe.ops.kernels.quantized.few_rows.stores import result_rows, store_results
 from compile_moe.ops.kernels.tiles import grouped_order, tile_among
 
 
 @gluon.jit
 def slots_to_store(sorted_slots_ptr, first_row, end_row, TOKENS: gl.constexpr, WARPS: gl.constexpr):
     """Slots of rows first_row...; -1 from end_row on."""
-    row = first_row + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, stored_results(WARPS)))
+    row = result_rows(first_row, TOKENS, WARPS)
     return gl.load(sorted_slots_ptr + row, mask=row < end_row, other=-1)
-
-
-@gluon.jit
-def store_slots(out_ptr, y, slot, num_slots, tile_n, num_columns, WARPS: gl.constexpr):
-    """y (rows, columns of tile_n) as the slots' rows of out, where it has these."""
-    layout: gl.constexpr = stored_results(WARPS)
-    column = tile_n * y.shape[1] + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, layout))
-    ptrs = out_ptr + gl.expand_dims(slot.to(gl.int64) * num_columns, 1) + gl.expand_dims(column, 0)
-    mask = gl.expand_dims((slot >= 0) & (slot < num_slots), 1) & gl.expand_dims(column < num_columns, 0)
-    gl.store(ptrs, gl.convert_layout(y, layout), mask=mask)
 
 
 # The parameters of the kernel for any number of rows, of which some aren't read here.
@@ -88,7 +78,8 @@ def few_rows_scatter_gemm_kernel(
         if expert == num_experts:
             zeros = gl.zeros([BLOCK_M, BLOCK_N], out_ptr.dtype.element_ty, stored_results(WARPS))
             skipped = slots_to_store(sorted_slots_ptr, first_row, end_row, BLOCK_M, WARPS)
-            store_slots(out_ptr, zeros, skipped, num_slots, tile_n, num_columns, WARPS)
+            is_slot = (skipped >= 0) & (skipped < num_slots)
+            store_results(out_ptr, zeros, skipped, is_slot, tile_n, num_columns, WARPS)
             return
 
     x_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
@@ -107,4 +98,4 @@ def few_rows_scatter_gemm_kernel(
                 PACKED, PACKED_ZEROS, GROUP, STAGES, WARPS,
             )  # fmt: skip
             y = gl.permute(acc.to(out_ptr.dtype.element_ty), (1, 0))
-            store_slots(out_ptr, y, slot, num_slots, tile_n, num_columns, WARPS)
+            store_results(out_ptr, y, slot, (slot >= 0) & (slot < num_slots), tile_n, num_columns, WARPS)
